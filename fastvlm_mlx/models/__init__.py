@@ -1,0 +1,1 @@
+"""The network: encoder, projector, and the two joined to a language model."""

@@ -1,0 +1,1 @@
+"""Pictures to pixels, and conversations to the token ids of a prompt."""

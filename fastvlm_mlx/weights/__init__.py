@@ -1,0 +1,1 @@
+"""Reading checkpoints: names, files and folding; nothing here knows a model class."""
