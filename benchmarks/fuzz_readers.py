@@ -4,7 +4,8 @@
 
 Small honest files of each format are damaged at random and read whole. A case may end in two ways:
 the tensors are read, or CheckpointError is raised. Anything else is a fault: it is counted, shown
-with what reproduces it, and makes the command fail. So does a case that takes over ten seconds.
+with what reproduces it, and makes the command fail. So does a case that takes over ten
+seconds of processor time.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def fuzz(cases: int, seed: int) -> dict[str, Any]:
             # Some file systems wait for the disk where a file is overwritten.
             path.unlink(missing_ok=True)
             path.write_bytes(mutated(honest, kind, edits_at_random(random_)))
-            start = time.perf_counter()
+            start = time.process_time()  # a busy machine is no fault of the reader
             try:
                 read_all(path)
                 outcome = "read"
@@ -79,7 +80,7 @@ def fuzz(cases: int, seed: int) -> dict[str, Any]:
                     outcome = "bad message"
             except Exception as error:  # exactly what this program looks for
                 outcome = type(error).__name__
-            took = time.perf_counter() - start
+            took = time.process_time() - start
             if took > _SLOW_S:
                 outcome = "slow"
             slowest = max(slowest, took)
@@ -92,7 +93,7 @@ def fuzz(cases: int, seed: int) -> dict[str, Any]:
         "outcomes": {kind: dict(sorted(counts.items())) for kind, counts in outcomes.items()},
         "distinct_reasons": len(reasons),
         "faults": faults,
-        "slowest_ms": round(slowest * 1000, 1),
+        "slowest_cpu_ms": round(slowest * 1000, 1),
         "wall_s": round(time.perf_counter() - began, 1),
         # ru_maxrss counts bytes on macOS and KiB elsewhere.
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

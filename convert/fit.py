@@ -219,4 +219,3 @@ def language_shapes(text: Mapping[str, Any]) -> dict[str, Shape] | None:
             if biased[group]:
                 shapes[f"{layer}{name}.bias"] = (rows,)
     return shapes
-

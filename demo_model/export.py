@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import FastVlmForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
 
-from model import IMAGE_SIZE, STRIDE, build_config, build_model
+from model import IMAGE_SIZE, STRIDE, add_norms, build_config, build_model, encoder_of, fold_norms
 from tokenizer import VOCAB_SIZE, special_ids, train_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -89,8 +89,10 @@ def load_checkpoint(path: Path | None) -> FastVlmForConditionalGeneration:
     model = build_model(build_config(VOCAB_SIZE, special_ids(tokenizer)))
     if path is not None:
         state = torch.load(path, map_location="cpu")
+        add_norms(encoder_of(model))
         model.load_state_dict(state["average"])
         model.tie_weights()
+        fold_norms(encoder_of(model))
     return model.eval()
 
 

@@ -6,6 +6,7 @@ narrow: `transformers.FastVlmForConditionalGeneration` builds it from the config
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -92,10 +93,53 @@ def initialise_encoder(encoder: nn.Module) -> None:
             module.gamma.fill_(0.4)
 
 
+class NormedConv(nn.Sequential):
+    """A fused convolution with a BatchNorm behind it while training; `fold_norms` merges them."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv, nn.BatchNorm2d(conv.out_channels))
+
+    @torch.no_grad()
+    def folded(self) -> nn.Conv2d:
+        """The one convolution that does what both do in evaluation mode."""
+        conv, norm = copy.deepcopy(self[0]), self[1]
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        conv.weight.mul_(scale.view(-1, 1, 1, 1))
+        conv.bias.copy_(norm.bias + (conv.bias - norm.running_mean) * scale)
+        return conv
+
+
+def add_norms(encoder: nn.Module) -> None:
+    """Put a BatchNorm behind every fused convolution, in place: without it training is slow."""
+    for module in list(encoder.modules()):
+        conv = getattr(module, "reparam_conv", None)
+        if isinstance(conv, nn.Conv2d):
+            module.reparam_conv = NormedConv(conv)
+
+
+def fold_norms(encoder: nn.Module) -> None:
+    """Undo `add_norms`, exactly, so that the parameters are those of the released layout."""
+    for module in list(encoder.modules()):
+        conv = getattr(module, "reparam_conv", None)
+        if isinstance(conv, NormedConv):
+            module.reparam_conv = conv.folded()
+
+
 def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
-    """Weight decay for matrices and dense kernels only."""
-    yes, no = [], []
+    """Groups for an optimiser that multiplies its rate by each group's `scale`.
+
+    A kernel of few inputs starts with large weights, and Adam moves every weight by about the
+    rate; so the narrow convolutions need a larger rate to learn as fast as the wide ones. Weight
+    decay is for matrices and dense kernels only.
+    """
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            (yes if parameter.ndim >= 2 and parameter[0].numel() > 9 else no).append(parameter)
-    return [{"params": yes, "weight_decay": decay}, {"params": no, "weight_decay": 0.0}]
+        scale = 1.0
+        if parameter.ndim == 4:
+            scale = min(6.0, max(1.0, 24.0 / math.sqrt(parameter[0].numel())))
+        dense = parameter.ndim >= 2 and parameter[0].numel() > 9
+        found.setdefault((round(scale, 2), decay if dense else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay, "scale": scale}
+        for (scale, weight_decay), parameters in found.items()
+    ]

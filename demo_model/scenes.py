@@ -30,6 +30,7 @@ FONTS: tuple[str, ...] = (
     "freefont/FreeSans.ttf", "freefont/FreeSerifBold.ttf",
 )
 _NARROW = ("dejavu/DejaVuSansCondensed-Bold.ttf", "liberation/LiberationSansNarrow-Bold.ttf")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 MIN_CAP_HEIGHT = 1 / 8  # of the picture's side
 MAX_TEXT_TILT = 8.0  # degrees
 _HELD_OUT_WORDS = 10  # one word in this many never occurs in training
@@ -48,6 +49,16 @@ class Item:
 
 
 @dataclass
+class Letter:
+    """Centre and width of one letter of the text."""
+
+    letter: str
+    x: float
+    y: float
+    width: float
+
+
+@dataclass
 class Scene:
     """What is true of one picture. `items` of one name are one group."""
 
@@ -55,6 +66,7 @@ class Scene:
     items: list[Item] = field(default_factory=list)
     text: str | None = None
     text_colour: str | None = None
+    letters: list[Letter] = field(default_factory=list)
 
     def groups(self) -> list[list[Item]]:
         """Items of the same name and colour together, in reading order of their first item."""
@@ -76,6 +88,8 @@ class SceneMaker:
         held_out_words: bool | None = None,
     ) -> None:
         self.size = size
+        self.cap_heights = (MIN_CAP_HEIGHT, 0.34)  # of the picture's side
+        self.large_share = 0.5  # of the single things
         self.sprites: dict[str, list[Sprite]] = {}
         for sprite in sprites:
             if sprite.held_out == held_out:
@@ -108,6 +122,20 @@ class SceneMaker:
                 text_area = (0.0, 0.0, 1.0, band) if top else (0.0, 1 - band, 1.0, 1.0)
                 area = (0.0, band, 1.0, 1.0) if top else (0.0, 0.0, 1.0, 1 - band)
                 self._write(image, rng, scene, text_area, avoid, difficulty)
+            self._place(image, rng, scene, kind, area, avoid)
+        return self._degrade(image, rng), scene
+
+    def tile(self, rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
+        """A small scene of a few letters or one thing."""
+        scene = Scene()
+        image, avoid = self._background(rng, scene)
+        area = (0.0, 0.0, 1.0, 1.0)
+        if rng.random() < 0.55:
+            letters = rng.integers(len(LETTERS), size=rng.integers(1, 2 + self.size // 48))
+            text = "".join(LETTERS[i] for i in letters)
+            self._write(image, rng, scene, area, avoid, 1.0, text)
+        else:
+            kind = "shape" if rng.random() < 0.15 else "object"
             self._place(image, rng, scene, kind, area, avoid)
         return self._degrade(image, rng), scene
 
@@ -146,7 +174,7 @@ class SceneMaker:
         x0, y0, x1, y1 = area
         height = y1 - y0
         if kind in ("object", "shape"):
-            if rng.random() < 0.5:  # large, near the middle of its area
+            if rng.random() < self.large_share:  # large, near the middle of its area
                 size = height * rng.uniform(0.66, 1.04)
                 slack = 0.12
                 x = rng.uniform(0.5 - slack, 0.5 + slack)
@@ -242,12 +270,12 @@ class SceneMaker:
     def _write(
         self, image: Image.Image, rng: np.random.Generator, scene: Scene,
         area: tuple[float, float, float, float], avoid: list[tuple[int, int, int]],
-        difficulty: float,
+        difficulty: float, text: str | None = None,
     ) -> None:
         x0, y0, x1, y1 = (v * self.size for v in area)
-        text = self._text(rng)
-        smallest = MIN_CAP_HEIGHT + (1 - difficulty) * 0.08
-        height = rng.uniform(smallest, max(smallest + 0.01, 0.34)) * self.size
+        text = self._text(rng) if text is None else text
+        smallest = self.cap_heights[0] + (1 - difficulty) * 0.08
+        height = rng.uniform(smallest, max(smallest + 0.01, self.cap_heights[1])) * self.size
         height = min(height, 0.78 * (y1 - y0))
         for attempt in range(6):
             name = str(rng.choice(FONTS if attempt < 4 else _NARROW))
@@ -256,12 +284,13 @@ class SceneMaker:
             width = _font(name, 64).getlength(text) * points / 64
             if width > 0.93 * (x1 - x0):
                 points *= 0.93 * (x1 - x0) / width
-            if points / 64 * (cap[3] - cap[1]) >= MIN_CAP_HEIGHT * self.size * 0.98:
+            if points / 64 * (cap[3] - cap[1]) >= self.cap_heights[0] * self.size * 0.98:
                 break
         font = _font(name, max(16, 2 * round(points / 2)))
         left, top, right, bottom = font.getbbox(text)
         mask = Image.new("L", (right - left + 4, bottom - top + 4), 0)
         ImageDraw.Draw(mask).text((2 - left, 2 - top), text, font=font, fill=255)
+        centre = (mask.width / 2, mask.height / 2)
         tilt = rng.uniform(-MAX_TEXT_TILT, MAX_TEXT_TILT) * difficulty
         if rng.random() < 0.35:
             tilt = 0.0
@@ -281,6 +310,16 @@ class SceneMaker:
         colour, rgb = _contrasting(rng, avoid)
         image.paste(rgb, (round(px), round(py)), mask)
         scene.text, scene.text_colour = text, colour
+        turn = math.radians(tilt)
+        for i, letter in enumerate(text):
+            width = font.getlength(letter)
+            along = 2 - left + font.getlength(text[:i]) + width / 2 - centre[0]
+            scene.letters.append(Letter(
+                letter,
+                (px + mask.width / 2 + along * math.cos(turn)) / self.size,
+                (py + mask.height / 2 - along * math.sin(turn)) / self.size,
+                width / self.size,
+            ))
 
     # -- camera ------------------------------------------------------------------------------
 
@@ -298,6 +337,38 @@ class SceneMaker:
             noise = rng.integers(-14, 15, (side, side, 1), dtype=np.int16)
             pixels = np.clip(pixels.astype(np.int16) + noise, 0, 255).astype(np.uint8)
         return pixels
+
+
+class Mosaics:
+    """Pictures tiled with small scenes: many times the local lessons of an ordinary picture.
+
+    Tiles come from a pool that is renewed a little with every picture, so that each is used a few
+    times, always among others.
+    """
+
+    def __init__(
+        self, sprites: list[Sprite], side: int, parts: int, cap_heights: tuple[float, float],
+        rng: np.random.Generator, pool: int = 2500,
+    ) -> None:
+        self.side, self.parts = side, parts
+        self.maker = SceneMaker(sprites, side // parts)
+        self.maker.cap_heights = cap_heights
+        self.maker.large_share = 0.85
+        self.tiles = [self.maker.tile(rng) for _ in range(pool)]
+
+    def make(self, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, int, Scene]]]:
+        """A picture, uint8 (side, side, 3), and each tile's corner in pixels with its facts."""
+        for _ in range(2):
+            self.tiles[int(rng.integers(len(self.tiles)))] = self.maker.tile(rng)
+        whole = self.maker.size
+        picture = np.empty((self.side, self.side, 3), dtype=np.uint8)
+        facts = []
+        for y in range(0, self.side, whole):
+            for x in range(0, self.side, whole):
+                pixels, scene = self.tiles[int(rng.integers(len(self.tiles)))]
+                picture[y : y + whole, x : x + whole] = pixels
+                facts.append((x, y, scene))
+        return picture, facts
 
 
 @lru_cache(maxsize=2)

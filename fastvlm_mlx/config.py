@@ -62,6 +62,15 @@ class VisionConfig:
         unknown = set(self.token_mixers) - {"repmixer", "attention"}
         if unknown:
             raise ConfigError(f"vision_config: unknown token mixer {sorted(unknown)[0]!r}")
+        if self.downsamples[:1] == (True,):
+            raise ConfigError("vision_config: nothing comes before the first stage to down-sample")
+        for narrow, wide, down in zip(
+            self.embed_dims, self.embed_dims[1:], self.downsamples[1:], strict=False
+        ):
+            if (wide % narrow if down else wide != narrow):
+                raise ConfigError(
+                    f"vision_config: no way from a stage of width {narrow} to one of {wide}"
+                )
         for dim, mixer in zip(self.embed_dims, self.token_mixers, strict=True):
             if mixer == "attention" and dim % self.head_dim:
                 raise ConfigError(
@@ -268,21 +277,24 @@ def read_config(folder: Path) -> ModelConfig:
     its processor files.
     """
     config = read_json(folder / "config.json")
-    eos = set(_ids(config.get("eos_token_id")))
-    if isinstance(config.get("text_config"), dict):
-        eos |= set(_ids(config["text_config"].get("eos_token_id")))
     generation = folder / "generation_config.json"
-    if generation.exists():
-        eos |= set(_ids(read_json(generation).get("eos_token_id")))
     size = _processor_size(folder)
-    if size and config.get("model_type") == "fast_vlm":
-        config["vision_config"] = {**(config.get("vision_config") or {}), "image_size": size}
     try:
+        eos = set(_ids(config.get("eos_token_id")))
+        if isinstance(config.get("text_config"), dict):
+            eos |= set(_ids(config["text_config"].get("eos_token_id")))
+        if size and config.get("model_type") == "fast_vlm":
+            config["vision_config"] = {**(config.get("vision_config") or {}), "image_size": size}
         parsed = ModelConfig.from_dict(config)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'config.json'}: malformed ({error!r})") from None
+    if generation.exists():
+        try:
+            eos |= set(_ids(read_json(generation).get("eos_token_id")))
+        except (TypeError, ValueError):
+            raise ConfigError(f"{generation}: eos_token_id is not a number or a list") from None
     return replace(parsed, eos_token_ids=tuple(sorted(eos)))
 
 
@@ -326,7 +338,7 @@ def _aspect(value: Any) -> str:
 def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,11 +386,27 @@ def _vision_config(config: Mapping[str, Any]) -> VisionConfig:
             if timm_name in source:
                 value = source[timm_name]
                 overrides[name] = tuple(value) if isinstance(value, list) else value
+    if "pos_embs_shapes" in nested or overrides.get("downsamples", (False,))[0]:
+        overrides |= _apple_stage_fields(nested)  # mlx-vlm's and mlx-swift-lm's own form
     size = nested.get("image_size") or _tower_size(config) or base.image_size
     stages = len(overrides.get("depths", base.depths))
     if stages != len(base.depths):
         raise ConfigError(f"vision_config: {architecture} has {len(base.depths)} stages")
     return replace(base, **overrides, image_size=int(size))
+
+
+def _apple_stage_fields(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """The two lists that Apple's code counts otherwise than timm does.
+
+    There `downsamples[i]` says whether stage i is *followed* by a down-sampling, the last one
+    meaning nothing; a positional encoding is given by its kernel, [7, 7] or null.
+    """
+    fields: dict[str, Any] = {}
+    if isinstance(kernels := nested.get("pos_embs_shapes"), list):
+        fields["pos_emb_kernels"] = tuple(shape[0] if shape else 0 for shape in kernels)
+    if isinstance(after := nested.get("downsamples"), list):
+        fields["downsamples"] = (False, *map(bool, after[:-1]))
+    return fields
 
 
 def _tower_size(config: Mapping[str, Any]) -> int | None:

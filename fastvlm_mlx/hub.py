@@ -271,7 +271,7 @@ def download(name: str, revision: str | None = None) -> FoundModel:
 
     from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 
-    from fastvlm_mlx.resume import fetch_blob
+    from fastvlm_mlx.resume import fetch_blob, hidden_bars
 
     with _explained(label):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
@@ -285,7 +285,9 @@ def download(name: str, revision: str | None = None) -> FoundModel:
         for file in wanted:
             if sizes[file] >= _WORTH_RESUMING_BYTES:
                 fetch_blob(hf_hub_url(repo, file, revision=info.sha), storage / "blobs", file)
-        snapshot = snapshot_download(repo, revision=revision, allow_patterns=wanted)
+        snapshot = snapshot_download(
+            repo, revision=revision, allow_patterns=wanted, tqdm_class=hidden_bars()
+        )
     if missing := missing_files(Path(snapshot)):
         raise HubError(f"{label} is downloaded but cannot be used: it has no {', '.join(missing)}")
     return FoundModel(Path(snapshot), label, "cache")

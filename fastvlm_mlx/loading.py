@@ -24,15 +24,22 @@ from .config import ModelConfig, picture_config, read_config
 from .errors import CheckpointError, ConfigError, UsageError
 from .models.fastvlm import FastVLM
 from .processing.processor import Processor, picture_processor
-from .processing.prompt import IMAGE_MARK
-from .weights.assemble import assemble_canonical, channels_last, check_shapes
+from .processing.prompt import IMAGE_MARK, chat_style
+from .weights.assemble import (
+    assemble_canonical,
+    channels_last,
+    check_shapes,
+    parameter_name,
+)
 from .weights.files import LazyTensor, open_tensors
-from .weights.layouts import LANGUAGE, translate
+from .weights.layouts import LANGUAGE, VISION, translate
 from .weights.packing import Packing
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# File names, without their endings, of what LLaVA's training writes beside a base model.
+_TRAINING_OUTPUT = ("adapter_model", "non_lora_trainables", "mm_projector", "training_args")
 _STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -67,6 +74,7 @@ def load_folder(folder: Path, dtype: Dtype = "auto") -> tuple[FastVLM, Processor
     """`load` for a folder that is known to be here."""
     if dtype not in ("auto", *_DTYPES):
         raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    _refuse_parts(folder)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
     with open_tensors(folder) as tensors:
@@ -76,12 +84,30 @@ def load_folder(folder: Path, dtype: Dtype = "auto") -> tuple[FastVLM, Processor
         model, layout = _build(
             config, tensors, chosen, dequantise=dtype == "auto" and not device.on_gpu()
         )
-    tokenizer.eos_token_ids = set(tokenizer.eos_token_ids) | set(config.eos_token_ids)
+    # Some published configurations and tokenizers leave out the mark that ends every answer.
+    end = tokenizer.get_vocab().get(chat_style(config.text["model_type"]).end)
+    ends = {*tokenizer.eos_token_ids, *config.eos_token_ids, end} - {None}
+    tokenizer.eos_token_ids = ends
     model.eval()
     mx.eval(model.parameters())
     model.loaded_from = LoadedFrom(folder, layout, str(chosen).removeprefix("mlx.core."), repairs)
     processor = Processor(config, picture_processor(config, picture_config(folder)), tokenizer)
     return model, processor
+
+
+def _refuse_parts(folder: Path) -> None:
+    """LLaVA training output is a part of a model; say how to make a whole one of it."""
+    for name, what in (
+        ("adapter_config.json", "a LoRA adapter"),
+        ("mm_projector.bin", "a projector alone"),
+    ):
+        if (folder / name).exists() and not any(folder.glob("*.safetensors.index.json")):
+            weights = [p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
+            if all(p.stem in _TRAINING_OUTPUT for p in weights):
+                raise CheckpointError(
+                    f"{folder} is {what}, not a whole model; join it with its base: "
+                    f"fastvlm-mlx convert {folder} --base MODEL -o FOLDER"
+                )
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
@@ -138,7 +164,7 @@ def believe_tensors(
             repairs.append(f"vocab_size: config says {text['vocab_size']}, the tensors {rows}")
             text["vocab_size"] = rows
     tied = head is None or (embeddings is not None and _equal(tensors[head], tensors[embeddings]))
-    if tied != text.get("tie_word_embeddings", not tied):
+    if tied != text.get("tie_word_embeddings", tied):
         repairs.append(
             f"tie_word_embeddings: config says {not tied}, but lm_head is "
             + ("missing or equal to the embeddings" if tied else "a tensor of its own")
@@ -171,6 +197,11 @@ def _build(
     config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: mx.Dtype, *, dequantise: bool
 ) -> tuple[FastVLM, str]:
     names = translate(tensors, config.vision)
+    if not any(target.startswith(VISION) for target in names.canonical.values()):
+        raise CheckpointError(
+            "there is no encoder among these tensors (Apple's MLX exports keep it elsewhere); join "
+            "one from another checkpoint: fastvlm-mlx convert FOLDER --encoder MODEL -o FOLDER"
+        )
     canonical = {}
     for source, target in names.canonical.items():
         canonical[target] = channels_last(target, tensors[source].read(), names.layout)
@@ -183,7 +214,7 @@ def _build(
     quantised = quantise_like(model, parameters)
     own: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
     expected = {name: tuple(p.shape) for name, p in own.items()}
-    source_of = {target: source for source, target in names.canonical.items()}
+    source_of = {parameter_name(target): source for source, target in names.canonical.items()}
     found = {name: tuple(p.shape) for name, p in parameters.items()}
     check_shapes(expected, found, source_of, [])
     model.load_weights(list(parameters.items()))

@@ -13,9 +13,13 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fastvlm_mlx.errors import HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils import tqdm
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -73,6 +77,17 @@ def fetch_blob(url: str, blobs: Path, name: str) -> Path:
             )
         os.replace(partial, blob)
     return blob
+
+
+def hidden_bars() -> type[tqdm]:
+    """Progress bars that do not show, for files too small to wait for."""
+    from huggingface_hub.utils import tqdm
+
+    class Hidden(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    return Hidden
 
 
 def _sha256(path: Path) -> str:

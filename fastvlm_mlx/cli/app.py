@@ -44,7 +44,12 @@ COMMANDS = (
     CommandEntry(
         "info", "fastvlm_mlx.cli.info", "Show a model's parts, size, resolution and memory."
     ),
-    CommandEntry("inspect", "fastvlm_mlx.cli.inspect", "Look into a checkpoint, even a broken one."),
+    CommandEntry(
+        "convert", "fastvlm_mlx.cli.convert", "Convert any checkpoint to MLX, quantised or not."
+    ),
+    CommandEntry(
+        "inspect", "fastvlm_mlx.cli.inspect", "Look into a checkpoint, even a broken one."
+    ),
     CommandEntry("doctor", "fastvlm_mlx.cli.doctor", "Check this machine and say what to improve."),
 )
 

@@ -12,7 +12,7 @@ from fastvlm_mlx.cli.common import JsonOption, prepare, print_json
 from fastvlm_mlx.text import human_bytes, human_count, table
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.convert.inspect import Inspection
+    from fastvlm_mlx.convert.inspection import Inspection
 
 EXAMPLES = f"""\b
 Examples:
@@ -31,7 +31,7 @@ def command(
         typer.Argument(
             metavar="PATH",
             show_default=False,
-            help="A folder, a file of weights, a zip of a folder, or OWNER/NAME of a downloaded model.",
+            help="A folder, a file of weights, a zip, or OWNER/NAME of a downloaded model.",
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
@@ -42,7 +42,7 @@ def command(
     Exits with 1 where the checkpoint has a fault that loading or converting would refuse.
     """
     prepare()
-    from fastvlm_mlx.convert.inspect import inspect
+    from fastvlm_mlx.convert.inspection import inspect
 
     report = inspect(_locate(path))
     if as_json:

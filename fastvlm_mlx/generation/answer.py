@@ -50,6 +50,7 @@ class Sampling:
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty is None or self.repetition_penalty > 0,
+            "seed": self.seed is None or 0 <= self.seed < 2**64,
         }
         for name, fine in checks.items():
             if not fine:
@@ -153,7 +154,8 @@ def _decode(
             temp=sampling.temperature,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            top_k=sampling.top_k,
+            # mlx-lm refuses to choose among as many as there are, which is no choice.
+            top_k=sampling.top_k if sampling.top_k < model.config.text["vocab_size"] else 0,
         ),
         logits_processors=make_logits_processors(repetition_penalty=sampling.repetition_penalty),
         input_embeddings=embeddings,
@@ -164,7 +166,9 @@ def _decode(
         if first is None:
             first = now
             stats.prefill_s = first - start
-        response = Response(step.text, step.token, step.finish_reason)
+        # Cut off within a character: its first bytes come out as a replacement mark.
+        text = step.text.rstrip("\ufffd") if step.finish_reason == "length" else step.text
+        response = Response(text, step.token, step.finish_reason)
         if step.finish_reason is not None:
             stats.generated_tokens = step.generation_tokens
             if step.generation_tokens > 1:

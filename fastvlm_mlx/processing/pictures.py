@@ -446,7 +446,7 @@ def _deep_grey_to_8_bits(grey: np.ndarray) -> np.ndarray:
     elif low >= 0:
         scales = (1.0, 255.0) if grey.dtype.kind == "f" else (255.0, 65535.0)
         low, high = next(((0.0, s) for s in scales if high <= s), (low, high))
-    span = max(high - low, np.finfo(np.float64).tiny)
+    span = high - low or 1.0  # one value throughout becomes black
     levels: np.ndarray = np.rint((grey.astype(np.float64) - low) * (255 / span))
     return levels.astype(np.uint8)
 

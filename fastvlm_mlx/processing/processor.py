@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 
 from ..config import ModelConfig
 from ..errors import PromptError
@@ -61,8 +60,7 @@ class Processor:
 
     def pixels(self, images: Sequence[Any]) -> list[np.ndarray]:
         """(H, W, 3) float32 a picture, from anything that `open_picture` takes."""
-        opened = [i if isinstance(i, Image.Image) else open_picture(i) for i in images]
-        return [self.pictures.one(open_picture(picture)) for picture in opened]
+        return [self.pictures.one(open_picture(image)) for image in images]
 
     def visual_tokens(self, pixels: np.ndarray | mx.array) -> int:
         """Visual tokens of one picture's pixels (H, W, 3)."""

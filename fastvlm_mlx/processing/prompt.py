@@ -22,6 +22,7 @@ class ChatStyle:
     """The words around the turns of a conversation, for one family of language models."""
 
     system: str  # used where the conversation has no system message
+    end: str  # the token that ends an answer
     render: Callable[[Sequence[Message]], str]
 
 
@@ -39,24 +40,26 @@ def _mistral(messages: Sequence[Message]) -> str:
     system, text = "", ""
     for message in messages:
         if message["role"] == "system":
-            system = f"{message['content']}\n\n" if message["content"] else ""
+            words = message["content"]
+            system = f"<<SYS>>\n{words}\n<</SYS>>\n\n" if words else ""
         elif message["role"] == "user":
             text += f"[INST] {system}{message['content']} [/INST]"
             system = ""
         else:
-            text += f" {message['content']}</s>"
+            text += f" {message['content']} </s>"
     return text
 
 
 # By mlx-lm's name of the language model.
 CHAT_STYLES = {
-    "qwen2": ChatStyle("You are a helpful assistant.", _chatml),
+    "qwen2": ChatStyle("You are a helpful assistant.", "<|im_end|>", _chatml),
     "llama": ChatStyle(
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        "</s>",
         _vicuna,
     ),
-    "mistral": ChatStyle("", _mistral),
+    "mistral": ChatStyle("", "</s>", _mistral),
 }
 
 

@@ -45,10 +45,13 @@ def assemble_canonical(
     for name, tensor in canonical.items():
         if name.startswith(VISION):
             vision[name.removeprefix(VISION)] = tensor
-        elif name.startswith(PROJECTOR):
-            parameters["mm_projector.layers." + name.removeprefix(PROJECTOR)] = tensor
         else:
-            parameters[name] = tensor
+            parameters[parameter_name(name)] = tensor
+    if not vision:
+        raise CheckpointError(
+            "no vision tower is among the tensors: Apple's MLX exports keep it beside them, as "
+            "fastvithd.mlpackage; use the PyTorch checkpoint that they were made from"
+        )
     source_of = {target: source for source, target in names.canonical.items()}
     try:
         folding.fuse_branches(config.vision, vision)
@@ -65,6 +68,13 @@ def assemble_canonical(
     for name, tensor in folding.fold(config.vision, vision).items():
         parameters[VISION + name] = tensor
     return parameters
+
+
+def parameter_name(canonical: str) -> str:
+    """The model's name of a tensor that folding leaves as it is."""
+    if canonical.startswith(PROJECTOR):
+        return "mm_projector.layers." + canonical.removeprefix(PROJECTOR)
+    return canonical
 
 
 def check_shapes(

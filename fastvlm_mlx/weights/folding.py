@@ -12,8 +12,8 @@ Sources: arXiv 2206.04040 (MobileOne), 2203.06717 (RepLKNet), 2303.14189 section
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, MutableMapping
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -33,6 +33,9 @@ class FusedConv:
     out_dim: int
     in_per_group: int
     kernel: int
+    # Branches that training always has beside those of the full kernel.
+    identity: bool = False
+    scale: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -44,20 +47,20 @@ def fused_convs(config: VisionConfig) -> Iterator[FusedConv]:
     dim = config.embed_dims[0]
     yield FusedConv("stem.0", "mobileone", dim, 3, 3)
     yield FusedConv("stem.1", "mobileone", dim, 1, 3)
-    yield FusedConv("stem.2", "mobileone", dim, dim, 1)
+    yield FusedConv("stem.2", "mobileone", dim, dim, 1, identity=True)
     for stage, dim in enumerate(config.embed_dims):
         prefix = f"stages.{stage}"
         if config.downsamples[stage]:
             proj = f"{prefix}.downsample.proj"
             yield FusedConv(f"{proj}.0", "large", dim, 1, config.downsample_kernel)
-            yield FusedConv(f"{proj}.1", "mobileone", dim, dim, 1)
+            yield FusedConv(f"{proj}.1", "mobileone", dim, dim, 1, identity=True)
         if kernel := config.pos_emb_kernels[stage]:
             yield FusedConv(f"{prefix}.pos_emb", "pos_emb", dim, 1, kernel)
         if config.token_mixers[stage] == "repmixer":
             for block in range(config.depths[stage]):
                 name = f"{prefix}.blocks.{block}.token_mixer"
                 yield FusedConv(name, "repmixer", dim, 1, config.repmixer_kernel)
-    yield FusedConv("final_conv", "mobileone", config.feature_dim, 1, 3)
+    yield FusedConv("final_conv", "mobileone", config.feature_dim, 1, 3, scale=True)
 
 
 def expected_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
@@ -106,12 +109,17 @@ def expected_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fuse_branches(config: VisionConfig, tensors: Tensors) -> int:
-    """Replace training branches in `tensors` by their one convolution; return how many."""
+    """Replace training branches in `tensors` by their one convolution; return how many.
+
+    Raises:
+        KeyError: a convolution has some of its branches but not all; the name of what is missing.
+    """
     fused = 0
     for conv in fused_convs(config):
         if f"{conv.name}.reparam_conv.weight" in tensors:
             continue
-        if not any(name.startswith(conv.name + ".") for name in tensors):
+        own, gate = f"{conv.name}.", f"{conv.name}.se."
+        if not any(name.startswith(own) and not name.startswith(gate) for name in tensors):
             continue  # wholly missing: reported by the caller with the other missing tensors
         weight, bias = _FUSE[conv.kind](conv.name, conv, tensors)
         tensors[f"{conv.name}.reparam_conv.weight"] = weight
@@ -222,48 +230,54 @@ def _pad_kernel(weight: mx.array, kernel: int) -> mx.array:
     return mx.pad(weight, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
 
 
+def _pop_branch(name: str, conv: FusedConv, tensors: Tensors) -> tuple[mx.array, mx.array]:
+    """One convolution with its BatchNorm, its kernel padded to the full size."""
+    kernel = tensors.pop(f"{name}.conv.weight").astype(mx.float32)
+    return _fold_batch_norm(_pad_kernel(kernel, conv.kernel), _take_bn(tensors, f"{name}.bn"))
+
+
+def _pop_identity(name: str, conv: FusedConv, tensors: Tensors) -> tuple[mx.array, mx.array]:
+    """A BatchNorm alone, as a convolution."""
+    return _fold_batch_norm(_identity_kernel(conv), _take_bn(tensors, f"{name}.identity"))
+
+
+def _add(branches: Iterable[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
+    weights, biases = zip(*branches, strict=True)
+    return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
+
+
 def _fuse_mobileone(name: str, conv: FusedConv, tensors: Tensors) -> tuple[mx.array, mx.array]:
     """Sum of k x k branches, a 1x1 branch and an identity branch, each with its BatchNorm."""
-    weight, bias = mx.zeros(conv.shape), mx.zeros((conv.out_dim,))
     if f"{name}.reparam_conv.weight" in tensors:
-        return (
-            tensors.pop(f"{name}.reparam_conv.weight").astype(mx.float32),
-            tensors.pop(f"{name}.reparam_conv.bias").astype(mx.float32),
-        )
-    branches = [f"{name}.conv_kxk.{i}" for i in range(16)] + [f"{name}.conv_scale"]
-    for branch in branches:
-        if f"{branch}.conv.weight" not in tensors:
-            continue
-        kernel = tensors.pop(f"{branch}.conv.weight").astype(mx.float32)
-        w, b = _fold_batch_norm(_pad_kernel(kernel, conv.kernel), _take_bn(tensors, f"{branch}.bn"))
-        weight, bias = weight + w, bias + b
-    if f"{name}.identity.weight" in tensors:
-        w, b = _fold_batch_norm(_identity_kernel(conv), _take_bn(tensors, f"{name}.identity"))
-        weight, bias = weight + w, bias + b
-    return weight, bias
+        weight, bias = (tensors.pop(f"{name}.reparam_conv.{part}") for part in ("weight", "bias"))
+        return weight.astype(mx.float32), bias.astype(mx.float32)
+    branches = [_pop_branch(f"{name}.conv_kxk.0", conv, tensors)]
+    while f"{name}.conv_kxk.{len(branches)}.conv.weight" in tensors:
+        branches.append(_pop_branch(f"{name}.conv_kxk.{len(branches)}", conv, tensors))
+    if conv.scale or f"{name}.conv_scale.conv.weight" in tensors:
+        branches.append(_pop_branch(f"{name}.conv_scale", conv, tensors))
+    if conv.identity:
+        branches.append(_pop_identity(name, conv, tensors))
+    return _add(branches)
 
 
 def _fuse_repmixer(name: str, conv: FusedConv, tensors: Tensors) -> tuple[mx.array, mx.array]:
     """x + scale * (mixer(x) - norm(x)) as one depthwise convolution."""
-    mixer_w, mixer_b = _fuse_mobileone(f"{name}.mixer", conv, tensors)
-    norm_w, norm_b = _fuse_mobileone(f"{name}.norm", conv, tensors)
-    weight, bias = mixer_w - norm_w, mixer_b - norm_b
-    if f"{name}.layer_scale.gamma" in tensors:
-        scale = tensors.pop(f"{name}.layer_scale.gamma").astype(mx.float32)
-        weight, bias = _scale_rows(weight, scale), bias * scale
-    return _identity_kernel(conv) + weight, bias
+    whole = replace(conv, identity=True, scale=True)
+    mixer_w, mixer_b = _fuse_mobileone(f"{name}.mixer", whole, tensors)
+    if f"{name}.norm.reparam_conv.weight" in tensors:
+        norm_w, norm_b = _fuse_mobileone(f"{name}.norm", conv, tensors)
+    else:
+        norm_w, norm_b = _pop_identity(f"{name}.norm", conv, tensors)
+    scale = tensors.pop(f"{name}.layer_scale.gamma").astype(mx.float32)
+    weight = _identity_kernel(conv) + _scale_rows(mixer_w - norm_w, scale)
+    return weight, (mixer_b - norm_b) * scale
 
 
 def _fuse_large(name: str, conv: FusedConv, tensors: Tensors) -> tuple[mx.array, mx.array]:
     """A large kernel and a small one beside it, each with its BatchNorm."""
-    weight, bias = mx.zeros(conv.shape), mx.zeros((conv.out_dim,))
-    for branch in (f"{name}.large_conv", f"{name}.small_conv"):
-        if f"{branch}.conv.weight" not in tensors:
-            continue
-        kernel = tensors.pop(f"{branch}.conv.weight").astype(mx.float32)
-        w, b = _fold_batch_norm(_pad_kernel(kernel, conv.kernel), _take_bn(tensors, f"{branch}.bn"))
-        weight, bias = weight + w, bias + b
-    return weight, bias
+    parts = (f"{name}.large_conv", f"{name}.small_conv")
+    return _add(_pop_branch(part, conv, tensors) for part in parts)
 
 
 def _fuse_pos_emb(name: str, conv: FusedConv, tensors: Tensors) -> tuple[mx.array, mx.array]:

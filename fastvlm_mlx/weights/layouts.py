@@ -61,6 +61,7 @@ LAYOUTS = (
                 r"vision_tower.patch_embed.\1",
             ),
             Rule(r"vision_tower\.vision_model\.(.+)", r"vision_tower.\1"),
+            Rule(r"mm_projector\.([a-z]+)", r"mm_projector.0.\1"),  # a lone `linear`
             Rule(r"(mm_projector\..+)", r"\1"),
             Rule(r"(language_model\.(?:model|lm_head)\..+)", r"\1"),
         ),
@@ -72,6 +73,7 @@ LAYOUTS = (
         marks=(r"model\.vision_tower\.vision_tower\.model\..+",),
         rules=(
             Rule(r"model\.vision_tower\.vision_tower\.model\.(.+)", r"vision_tower.\1"),
+            Rule(r"model\.mm_projector\.([a-z]+)", r"mm_projector.0.\1"),  # a lone `linear`
             Rule(r"model\.(mm_projector\..+)", r"\1"),
             Rule(r"(model\.(?:layers|embed_tokens|norm)\..+)", r"language_model.\1"),
             Rule(r"(lm_head\..+)", r"language_model.\1"),
@@ -150,10 +152,15 @@ def recognise(names: Iterable[str]) -> Layout:
     raise CheckpointError("the tensor names are not those of any FastVLM checkpoint known here")
 
 
-def translate(names: Iterable[str], config: VisionConfig) -> Names:
-    """Translate every name of a checkpoint to its canonical name."""
+def translate(
+    names: Iterable[str], config: VisionConfig, layout: Layout | None = None
+) -> Names:
+    """Translate every name of a checkpoint to its canonical name.
+
+    `layout` is given for a part of a checkpoint, whose names alone do not tell it.
+    """
     names = list(names)
-    result = Names(recognise(names))
+    result = Names(layout or recognise(names))
     rules = [(re.compile(rule.pattern), rule.to) for rule in result.layout.rules]
     slots = list(network_slots(config))
     for name in names:

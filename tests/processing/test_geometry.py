@@ -109,7 +109,7 @@ def test_agrees_with_the_reference_to_the_bit(config, pad, crop):
         assert np.array_equal(processor.one(picture), reference(picture, config, pad)), size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sides, sides, st.integers(1, 70), st.booleans(), st.integers(0, 9))
 def test_agrees_with_the_reference_for_any_shape(width, height, edge, pad, seed):
     config = {**CLIP, "size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
@@ -161,7 +161,7 @@ def test_agrees_with_transformers(config, pad):
 # --- properties ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(sides, sides), max_size=3), sides, sides, aspects)
 def test_shape_and_type(sizes, height, width, aspect):
     processor = PictureProcessor(size=(height, width), aspect=aspect)
@@ -171,7 +171,7 @@ def test_shape_and_type(sizes, height, width, aspect):
     assert batch.size == 0 or (batch.min() >= 0 and batch.max() <= 1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(*[st.integers(1, 5000)] * 4, st.sampled_from(["pad", "crop"]))
 def test_nothing_is_stretched(width, height, target_height, target_width, aspect):
     processor = PictureProcessor(size=(target_height, target_width), aspect=aspect)
@@ -189,7 +189,7 @@ def test_nothing_is_stretched(width, height, target_height, target_width, aspect
     assert down == pytest.approx(scale, rel=slack + 1e-9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(*[st.integers(1, 5000)] * 4, aspects)
 def test_content_lies_in_the_middle(width, height, target_height, target_width, aspect):
     processor = PictureProcessor(size=(target_height, target_width), aspect=aspect)
@@ -215,7 +215,7 @@ def test_content_lies_in_the_middle(width, height, target_height, target_width, 
         assert inside == pytest.approx((0, 0, target_width, target_height))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sides, sides, sides, sides)
 def test_padding_has_exactly_the_mean_colour(width, height, target_height, target_width):
     processor = PictureProcessor((target_height, target_width), mean=CLIP_MEAN, std=CLIP_STD)
@@ -292,10 +292,10 @@ def test_resizing_only_what_is_seen_agrees_within_one_level(size, crop, monkeypa
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "stretch"])
 @pytest.mark.parametrize("size", [(1, 10000), (10000, 1)])
-def test_extreme_shapes_at_full_size(aspect, size):
+def test_extreme_shapes(aspect, size):
     grey = Image.new("RGB", size, (99, 99, 99))
-    processor = PictureProcessor((1024, 1024), aspect=aspect)
-    if aspect == "pad":  # one pixel in 10000 is thinner than the filter's last digit at 1024
+    processor = PictureProcessor((256, 256), aspect=aspect)
+    if aspect == "pad":  # one pixel in 10000 is next to nothing
         assert np.asarray(processor.fit(grey)).max() <= 99
     else:
         assert (np.asarray(processor.fit(grey)) == 99).all()

@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastvlm_mlx.config import (
@@ -30,7 +32,10 @@ from fastvlm_mlx.config import (
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError, UsageError
 from fastvlm_mlx.weights.files import LazyTensor, open_tensors
 from fastvlm_mlx.weights.layouts import LANGUAGE, LAYOUTS, Names, translate
+from fastvlm_mlx.weights.strict_json import LARGEST_JSON
 
+from . import merge
+from .archive import is_archive, model_members
 from .fit import Fit, Quantised, check_fit
 
 IMAGE_MARK = "<image>"
@@ -144,7 +149,7 @@ def inspect(path: str | Path) -> Inspection:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"there is no file or folder {path}")
-    if _is_archive_of_a_folder(path):
+    if is_archive(path):
         return _inspect_archive(path)
     report = Inspection(str(path), "folder" if path.is_dir() else "file")
     tensors = _open_all(path, report)
@@ -158,12 +163,12 @@ def inspect(path: str | Path) -> Inspection:
 
 def _describe(report: Inspection, folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Everything that the tensors and the configuration beside them say."""
-    config = _read_config(report, folder)
+    content = _partial(tensors)
+    config = _read_config(report, folder, partial=content is not None)
     vision = config.vision if config else FASTVITHD
     try:
         names = translate(tensors, vision)
     except CheckpointError as error:
-        content = _partial(tensors)
         if content is None:
             report.faults.append(Surprise(str(error)))
         report.content = content or "no FastVLM checkpoint known here"
@@ -203,6 +208,10 @@ def _describe(report: Inspection, folder: Path, tensors: Mapping[str, LazyTensor
 def _open_all(path: Path, report: Inspection) -> dict[str, LazyTensor]:
     """The tensors of every file that can be read; a complaint for each that cannot."""
     tensors: dict[str, LazyTensor] = {}
+    if path.is_dir() and (parts := _trained_parts(path)):
+        for file in parts:
+            tensors |= _open_one(file, report, "")
+        return tensors
     try:
         with open_tensors(path) as opened:
             tensors = dict(opened)
@@ -227,7 +236,7 @@ def _open_all(path: Path, report: Inspection) -> dict[str, LazyTensor]:
 
 
 def _open_one(file: Path, report: Inspection, already: str) -> Mapping[str, LazyTensor]:
-    """One file of a folder that could not be opened as a whole; `already` has been complained of."""
+    """One file of a folder that did not open as a whole; `already` has been complained of."""
     size = file.stat().st_size if file.is_file() else 0
     try:
         with open_tensors(file) as opened:
@@ -241,18 +250,21 @@ def _open_one(file: Path, report: Inspection, already: str) -> Mapping[str, Lazy
         return {}
 
 
-def _weight_files(folder: Path) -> Iterable[Path]:
-    """The files of weights in `folder`: of the first pattern that finds any."""
-    for patterns in (_WEIGHTS[:1], _WEIGHTS[1:]):
-        found = [
-            file
-            for file in sorted(folder.iterdir())
-            if any(fnmatch(file.name, pattern) for pattern in patterns)
-            and not file.name.startswith(".")
-        ]
-        if found:
-            return found
-    return []
+def _trained_parts(folder: Path) -> list[Path]:
+    """An adapter or a projector where no model lies beside it, else nothing."""
+    names = (*merge.ADAPTERS, *merge.TRAINED_PARTS, *merge.PROJECTORS)
+    parts = [folder / name for name in names if (folder / name).is_file()]
+    return [] if set(_weight_files(folder)) - set(parts) else parts
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Every file in `folder` that may hold weights."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if any(fnmatch(file.name, pattern) for pattern in _WEIGHTS)
+        and not file.name.startswith(".")
+    ]
 
 
 def _without_folder(message: str, path: Path) -> str:
@@ -269,8 +281,9 @@ def _named(tensors: Mapping[str, LazyTensor], what: str, name: str | None) -> Su
 # Configuration -------------------------------------------------------------------------------
 
 
-def _read_config(report: Inspection, folder: Path) -> ModelConfig | None:
-    if report.kind == "file" and not (folder / "config.json").exists():
+def _read_config(report: Inspection, folder: Path, *, partial: bool) -> ModelConfig | None:
+    optional = report.kind == "file" or partial
+    if optional and not (folder / "config.json").exists():
         return None
     try:
         return read_config(folder)
@@ -430,9 +443,7 @@ def _odd_tensors(names: Names, tensors: Mapping[str, LazyTensor]) -> list[Surpri
         target = names.canonical.get(name)
         if target is not None and tensor.dtype in _FLOATS:
             by_part.setdefault(target.split(".", 1)[0], Counter())[tensor.dtype] += 1
-        elif target is not None and not target.endswith((".weight", ".scales", ".biases")):
-            found.append(_named(tensors, f"is stored as {tensor.dtype}", name))
-        elif target is not None and tensor.dtype not in (_PACKED, "U8"):
+        elif target is not None and not _is_packed(target, tensor):
             found.append(_named(tensors, f"is stored as {tensor.dtype}", name))
         if tensor.size == 0:
             found.append(_named(tensors, f"is empty, {list(tensor.shape)}", name))
@@ -449,6 +460,10 @@ def _odd_tensors(names: Names, tensors: Mapping[str, LazyTensor]) -> list[Surpri
             Surprise(f"{len(names.ignored)} tensors play no part in the answer ({listed})")
         )
     return found
+
+
+def _is_packed(target: str, tensor: LazyTensor) -> bool:
+    return tensor.dtype in (_PACKED, "U8") and target.endswith((".weight", ".scales", ".biases"))
 
 
 def _row_major(tensor: LazyTensor) -> bool:
@@ -486,7 +501,8 @@ def _look_around(report: Inspection, folder: Path) -> None:
         for name in sorted(here - read)
         if any(fnmatch(name, pattern) for pattern in _WEIGHTS) and not name.startswith(".")
     ]
-    report.surprises += [Surprise("lies beside the weights and is not read", file=n) for n in beside]
+    unread = "lies beside the weights and is not read"
+    report.surprises += [Surprise(unread, file=name) for name in beside]
     packages = sorted(name for name in here if name.endswith(".mlpackage"))
     report.surprises += [Surprise("is a Core ML package, not read here", file=n) for n in packages]
 
@@ -494,19 +510,44 @@ def _look_around(report: Inspection, folder: Path) -> None:
 # Archives ------------------------------------------------------------------------------------
 
 
-def _is_archive_of_a_folder(path: Path) -> bool:
-    """A zip that is not itself a PyTorch file (which is a zip with a data.pkl)."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return not any(fnmatch(name, "*/data.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError):
-        return path.suffix == ".zip"
-
-
 def _inspect_archive(path: Path) -> Inspection:
-    raise UsageError(f"{path}: is a zip archive; unpack it first")
+    """A zip of a model folder: the beginnings of its members are unpacked, and nothing else.
+
+    What is inspected is a folder of sparse files that are as long as the members, with headers and
+    no values.
+    """
+    report = Inspection(str(path), "zip archive")
+    try:
+        with zipfile.ZipFile(path) as archive, TemporaryDirectory(prefix="fastvlm-") as folder:
+            for name, member in model_members(path, archive).items():
+                _unpack_beginning(archive, member, Path(folder) / name, report)
+            tensors = _open_all(Path(folder), report)
+            if tensors:
+                _describe(report, Path(folder), tensors)
+            _look_around(report, Path(folder))
+    except CheckpointError as error:
+        report.faults.append(Surprise(_without_folder(str(error), path)))
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
+        report.faults.append(Surprise(f"is a damaged zip archive ({error})", file=path.name))
+    return report
+
+
+def _unpack_beginning(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, report: Inspection
+) -> None:
+    if target.suffix not in (".safetensors", ".json"):
+        if any(fnmatch(target.name, pattern) for pattern in _WEIGHTS):
+            what = "is not looked into: in an archive, only safetensors are"
+            report.surprises.append(Surprise(what, file=target.name))
+        return
+    with archive.open(member) as packed, open(target, "xb") as file:
+        if target.suffix == ".json":
+            file.write(packed.read(LARGEST_JSON))
+            return
+        length = packed.read(8)
+        file.write(length)
+        file.write(packed.read(min(int.from_bytes(length, "little"), LARGEST_JSON)))
+        file.truncate(member.file_size)
 
 
 __all__ = ["FileSummary", "Inspection", "PartSummary", "Surprise", "inspect"]
