@@ -9,12 +9,13 @@ The folder `convert/` of the repository is the package `fastvlm_mlx.convert`. Wh
 | module | what |
 | --- | --- |
 | `options`, `report` | what is asked for, and what was done |
-| `source`, `archive`, `merge` | any source, a zip, LoRA and projector onto a base -> canonical tensors |
+| `source`, `archive`, `merge` | any source, zip, adapter on a base -> canonical tensors |
 | `quantise`, `plan` | what becomes of each tensor, decided from headers alone |
 | `naming`, `writer` | names on disk; shards, streamed |
 | `sidecars`, `card` | configuration, tokenizer and processor files; the model card |
 | `target` | the lock, the folder beside, and putting it in place in one step |
 | `pipeline` | `convert`: the road from one end to the other |
+| `inspection`, `verify`, `upload` | looking before, comparing after, sending to the hub |
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def unpack(
 
 
 def model_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The files of the model in an open archive, by their names in its folder. Raises CheckpointError."""
+    """The files of the model in an open archive, by name in its folder. Raises CheckpointError."""
     return _wanted(path, _checked(path, archive.infolist()))
 
 

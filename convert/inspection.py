@@ -31,7 +31,7 @@ from fastvlm_mlx.config import (
 )
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError, UsageError
 from fastvlm_mlx.weights.files import LazyTensor, open_tensors
-from fastvlm_mlx.weights.layouts import LANGUAGE, LAYOUTS, Names, translate
+from fastvlm_mlx.weights.layouts import LANGUAGE, LAYOUTS, VISION, Names, translate
 from fastvlm_mlx.weights.strict_json import LARGEST_JSON
 
 from . import merge
@@ -177,6 +177,8 @@ def _describe(report: Inspection, folder: Path, tensors: Mapping[str, LazyTensor
     else:
         report.layout = names.layout.name
         report.content = "FastVLM"
+        if not any(target.startswith(VISION) for target in names.canonical.values()):
+            report.content = "FastVLM without its vision tower (convert it with --encoder)"
         fit = check_fit(config, names, tensors) if config else Fit()
         report.encoder = fit.encoder
         report.faults += [_named(tensors, what, name) for name, what in fit.faults]

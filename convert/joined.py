@@ -35,8 +35,9 @@ def load_source(source: Source, config: ModelConfig) -> tuple[FastVLM, Processor
     names = Names(LLAVA, {origin.tensor.name: name for name, origin in source.tensors.items()})
     parameters = assemble_canonical(config, canonical, names)
     model: Any = FastVLM(config)
-    quantised = quantise_like(model, parameters, config.quantization)
-    expected = {name: tuple(p.shape) for name, p in tree_flatten(model.parameters())}
+    quantised = quantise_like(model, parameters)
+    own: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    expected = {name: tuple(p.shape) for name, p in own.items()}
     check_shapes(expected, {n: tuple(p.shape) for n, p in parameters.items()}, {}, [])
     model.load_weights(list(parameters.items()))
     del canonical, parameters

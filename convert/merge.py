@@ -49,7 +49,7 @@ class Delta:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without the wrappers of peft and of LLaVA's saving, as in a full checkpoint."""
+    """A tensor's name as in a full checkpoint, without the wrappers of peft and LLaVA."""
     name = _WRAPPERS.sub("", name)
     return f"model.{name}" if name.startswith(("mm_projector.", "vision_tower.")) else name
 
@@ -108,7 +108,7 @@ def read_deltas(
 def _delta(module: str, a: LazyTensor, b: LazyTensor, settings: Mapping[str, Any]) -> Delta:
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise CheckpointError(
-            f"{where(a.file)}: {shown(a.name)} {list(a.shape)} and its B {list(b.shape)} do not multiply"
+            f"{where(a.file)}: {shown(a.name)} {list(a.shape)} does not fit its B {list(b.shape)}"
         )
     rank = a.shape[0]
     alpha = settings.get("lora_alpha")

@@ -35,7 +35,7 @@ class ConvertOptions:
     `bits`, `group_size`, `mode` and `recipe` quantise the language model; `keep` names layers that
     stay whole (a part of a layer's path, such as `lm_head`). `projector_bits` quantises the
     projector too. The encoder is never quantised. `dtype` is for everything that is not quantised;
-    `encoder_dtype` for the encoder alone, which is otherwise never stored as float16 (docs say why).
+    `encoder_dtype` for the encoder alone, which is otherwise never float16 (docs/converting.md).
     `base` and `encoder` are further sources: what an adapter or a projector is merged onto, and
     where the encoder comes from.
     """

@@ -65,7 +65,11 @@ def convert(
     started = time.perf_counter()
     before = mx.set_cache_limit(_CACHE_BYTES)
     try:
-        with Target(target, overwrite=options.overwrite) as place, ExitStack() as stack:
+        place = Target(target, overwrite=options.overwrite)
+        for read in (source, options.base, options.encoder):
+            if read is not None and (path := Path(read).expanduser()).exists():
+                place.refuse_source(path)  # before so much as a lock is put beside the target
+        with place, ExitStack() as stack:
             opened = open_source(source, options, place, stack, progress)
             report = _convert(opened, place, options, progress, verification)
         report.seconds = time.perf_counter() - started

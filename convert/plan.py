@@ -24,9 +24,10 @@ from fastvlm_mlx.weights.assemble import channels_last, check_shapes
 from fastvlm_mlx.weights.files import find_non_finite
 from fastvlm_mlx.weights.layouts import LANGUAGE, PROJECTOR, VISION
 from fastvlm_mlx.weights.lazy import LazyTensor, itemsize, shown, where
+from fastvlm_mlx.weights.packing import Packing
 
 from . import quantise
-from .fit import Quantised, projector_shapes
+from .fit import projector_shapes
 from .naming import DISK_VISION, HEAD, HEAD_WIDTH, disk_name, disk_shape
 from .options import ConvertOptions
 from .report import PartReport
@@ -69,10 +70,16 @@ class Plan:
 def make_plan(source: Source, config: ModelConfig, options: ConvertOptions) -> Plan:
     """Raises CheckpointError: tensors missing, unexpected, of a wrong shape or type."""
     plan = Plan()
-    _add(plan, "vision_tower", _plan_vision(source, config, options, plan))
-    chosen: dict[str, Quantised] = {}
-    _add(plan, "mm_projector", _plan_projector(source, config, options, plan, chosen))
-    _add(plan, "language_model", _plan_language(source, config, options, plan, chosen))
+    chosen: dict[str, Packing] = {}
+    try:
+        _add(plan, "vision_tower", _plan_vision(source, config, options, plan))
+        _add(plan, "mm_projector", _plan_projector(source, config, options, plan, chosen))
+        _add(plan, "language_model", _plan_language(source, config, options, plan, chosen))
+    except CheckpointError as error:
+        folder = str(source.folders[-1])  # of the tensors, where an adapter is on its base
+        if folder in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from None
     default = quantise.from_settings(options.settings) if options.quantises else None
     plan.quantization = quantise.quantization_config(chosen, default)
     return plan
@@ -233,11 +240,11 @@ def _plan_projector(
     config: ModelConfig,
     options: ConvertOptions,
     plan: Plan,
-    chosen: dict[str, Quantised],
+    chosen: dict[str, Packing],
 ) -> list[_Planned]:
     expected = dict(projector_shapes(config))
     layers = {n.removesuffix(".weight"): s for n, s in expected.items() if n.endswith(".weight")}
-    wanted: dict[str, Quantised | None] | None = None
+    wanted: dict[str, Packing | None] | None = None
     if options.dequantize:
         wanted = dict.fromkeys(layers)
     elif options.projector_bits:
@@ -254,15 +261,16 @@ def _plan_language(
     config: ModelConfig,
     options: ConvertOptions,
     plan: Plan,
-    chosen: dict[str, Quantised],
+    chosen: dict[str, Packing],
 ) -> list[_Planned]:
     model = build_language_model(config.text)
-    expected = {LANGUAGE + n: tuple(p.shape) for n, p in tree_flatten(model.parameters())}
+    own: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    expected = {LANGUAGE + n: tuple(p.shape) for n, p in own.items()}
     layers: dict[str, tuple[int, ...]] = {
         path: tuple(module.weight.shape)
         for path, module in quantise.quantisable_layers(model).items()
     }
-    wanted: dict[str, Quantised | None] | None = None
+    wanted: dict[str, Packing | None] | None = None
     if options.dequantize:
         wanted = dict.fromkeys(layers)
     elif options.quantises:
@@ -275,7 +283,7 @@ def _plan_language(
     plan.dtype = _main_type(source, options)
     if options.quantises and plan.dtype == "float32":
         plan.notes.append(
-            "scales are stored as float32, as the source is: --dtype bfloat16 saves 0.5 bits a weight"
+            "scales are float32, as the source is: --dtype bfloat16 saves up to a bit a weight"
         )
     return _plan_linear(LANGUAGE, source, expected, layers, wanted, options, chosen)
 
@@ -297,9 +305,9 @@ def _plan_linear(
     source: Source,
     expected: dict[str, tuple[int, ...]],
     layers: dict[str, tuple[int, ...]],
-    wanted: dict[str, Quantised | None] | None,
+    wanted: dict[str, Packing | None] | None,
     options: ConvertOptions,
-    chosen: dict[str, Quantised],
+    chosen: dict[str, Packing],
 ) -> list[_Planned]:
     """Jobs of all tensors under `prefix`. `wanted`: path of a layer -> how to store it (None:
     whole); `wanted` None: every layer as it is."""
@@ -332,7 +340,7 @@ def _plan_linear(
     return planned
 
 
-def _packed(tensors: dict[str, Origin], layers: dict[str, tuple[int, ...]]) -> dict[str, Quantised]:
+def _packed(tensors: dict[str, Origin], layers: dict[str, tuple[int, ...]]) -> dict[str, Packing]:
     """How each layer that has scales is packed in the source."""
     found = {}
     for name, origin in tensors.items():
@@ -367,8 +375,8 @@ def _matrix_job(
     name: str,
     origins: list[Origin],
     shape: tuple[int, ...],
-    before: Quantised | None,
-    after: Quantised | None,
+    before: Packing | None,
+    after: Packing | None,
     options: ConvertOptions,
 ) -> _Planned:
     """One tensor or one layer: copied, cast, quantised, dequantised, some rows at a time."""
@@ -508,7 +516,7 @@ def _all_finite(values: Array, exponent: int) -> bool:
 
 
 def _stored(value: mx.array, kind: str, origin: LazyTensor | None) -> Array:
-    """The values in the type to be stored, as an array of its bytes; refused where they overflow."""
+    """The values in the type to be stored, as an array of its bytes; refused if one overflows."""
     array = _bytes(value.astype(_MX[kind]))
     if not _all_finite(array, _EXPONENT[kind]):
         name = (

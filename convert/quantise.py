@@ -13,38 +13,32 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
-from mlx_lm.utils import infer_quant_config
 
 from fastvlm_mlx.errors import CheckpointError, UsageError
 from fastvlm_mlx.weights.layouts import LANGUAGE
+from fastvlm_mlx.weights.packing import Packing
 
-from .fit import Quantised
 from .options import MODES, ConvertOptions
 
-_MX = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
 
-
-def as_settings(how: Quantised) -> dict[str, Any]:
+def as_settings(how: Packing) -> dict[str, Any]:
     """The form that config.json and `to_quantized` take."""
     return {"group_size": how.group_size, "bits": how.bits, "mode": how.mode}
 
 
-def from_settings(settings: Mapping[str, Any]) -> Quantised:
-    return Quantised(
+def from_settings(settings: Mapping[str, Any]) -> Packing:
+    return Packing(
         int(settings["bits"]), int(settings["group_size"]), str(settings.get("mode", "affine"))
     )
 
 
 def quantisable_layers(model: nn.Module, prefix: str = LANGUAGE) -> dict[str, nn.Module]:
     """Path -> module of every layer that MLX can quantise."""
-    leaves = nn.utils.tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    leaves: list[tuple[str, Any]] = tree_flatten(  # type: ignore[assignment]
+        model.leaf_modules(), is_leaf=nn.Module.is_module
+    )
     return {
         prefix + path: module
         for path, module in leaves
@@ -54,7 +48,7 @@ def quantisable_layers(model: nn.Module, prefix: str = LANGUAGE) -> dict[str, nn
 
 def choose(
     model: nn.Module, options: ConvertOptions, notes: list[str]
-) -> tuple[dict[str, Quantised], dict[str, str]]:
+) -> tuple[dict[str, Packing], dict[str, str]]:
     """(path -> how, for the layers to quantise; path -> why not, for those that stay whole).
 
     `model` is the language model; its weights are not looked at, only their shapes.
@@ -69,7 +63,7 @@ def choose(
             raise UsageError(f"--recipe {options.recipe}: {error}") from None
     layers = quantisable_layers(model)
     _check_keep(options.keep, layers, notes)
-    chosen: dict[str, Quantised] = {}
+    chosen: dict[str, Packing] = {}
     kept: dict[str, str] = {}
     for path, module in layers.items():
         width = module.weight.shape[-1]
@@ -101,59 +95,45 @@ def _check_keep(keep: tuple[str, ...], layers: Mapping[str, Any], notes: list[st
         raise UsageError(f"--keep {item}: no layer of the language model has that in its name")
 
 
-def projector_packing(bits: int, width: int, options: ConvertOptions) -> Quantised | None:
+def projector_packing(bits: int, width: int, options: ConvertOptions) -> Packing | None:
     """How a layer of the projector is quantised, or None where its width does not divide."""
     mode = options.mode or "affine"
     if MODES[mode][1] != bits:
         mode = "affine"
     group_size = MODES[mode][0] if mode != "affine" else int(options.group_size or 64)
-    return None if width % group_size else Quantised(bits, group_size, mode)
+    return None if width % group_size else Packing(bits, group_size, mode)
 
 
 def packing(
     path: str, width: int, weight: tuple[int, ...], scales: tuple[int, ...], scale_type: str
-) -> Quantised:
+) -> Packing:
     """How a layer of `width` columns is packed that lies on disk with these shapes.
 
     Raises CheckpointError: in no way that is known.
     """
-    shape = {
-        f"{path}.weight": mx.zeros(weight, mx.uint32),  # shapes only: never computed
-        f"{path}.scales": mx.zeros(scales, _MX.get(scale_type, mx.float32)),
-    }
-    stand_in = nn.Module()
-    stand_in.weight = mx.zeros((weight[0], width))
     try:
-        found = from_settings(infer_quant_config(path, stand_in, shape))
-    except (ValueError, KeyError, ZeroDivisionError, IndexError) as error:
-        raise CheckpointError(f"{path}: unknown quantisation ({error})") from None
-    fits = (
-        found.bits in (2, 3, 4, 5, 6, 8)
-        and weight[1] * 32 == width * found.bits
-        and scales == (weight[0], width // found.group_size)
-        and width % found.group_size == 0
-    )
-    if not fits:
-        raise CheckpointError(
-            f"{path}: packed as {list(weight)} with scales {list(scales)}, which is no known quantisation"
-        )
+        found = Packing.of(width, weight, scales, scale_type == "U8")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if len(weight) != 2 or scales != (weight[0], width // found.group_size):
+        raise CheckpointError(f"{path}: {list(weight)} and scales {list(scales)} do not fit")
     return found
 
 
-def quantise_rows(rows: mx.array, how: Quantised) -> tuple[mx.array, ...]:
+def quantise_rows(rows: mx.array, how: Packing) -> tuple[mx.array, ...]:
     """(n, columns) -> packed weight, scales, and biases where the mode is affine."""
     return tuple(mx.quantize(rows, how.group_size, how.bits, mode=how.mode))
 
 
-def dequantise_rows(parts: tuple[mx.array, ...], how: Quantised) -> mx.array:
-    """The reverse, in the type of the scales (bfloat16 where those are not numbers of their own)."""
+def dequantise_rows(parts: tuple[mx.array, ...], how: Packing) -> mx.array:
+    """The reverse, in the type of the scales; bfloat16 where those are single bytes."""
     weight, scales = parts[0], parts[1]
     biases = parts[2] if len(parts) > 2 else None
     return mx.dequantize(weight, scales, biases, how.group_size, how.bits, how.mode)
 
 
 def packed_shapes(
-    rows: int, width: int, how: Quantised
+    rows: int, width: int, how: Packing
 ) -> dict[str, tuple[tuple[int, int], str | None]]:
     """Part -> (shape, type) of a quantised (rows, width); type None: that of the values before."""
     scales = (rows, width // how.group_size)
@@ -167,7 +147,7 @@ def packed_shapes(
 
 
 def quantization_config(
-    chosen: Mapping[str, Quantised], default: Quantised | None
+    chosen: Mapping[str, Packing], default: Packing | None
 ) -> dict[str, Any] | None:
     """`quantization` of config.json: the default, and an entry for each layer that departs from it.
 
@@ -176,7 +156,7 @@ def quantization_config(
     """
     if not chosen:
         return None
-    counts: dict[Quantised, int] = {}
+    counts: dict[Packing, int] = {}
     for path, how in chosen.items():
         if path.startswith(LANGUAGE):
             counts[how] = counts.get(how, 0) + 1

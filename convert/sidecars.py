@@ -1,4 +1,4 @@
-"""The small files beside the weights, such that fastvlm-mlx, mlx-vlm and mlx-swift-lm all read them.
+"""The small files beside the weights, fit for fastvlm-mlx, mlx-vlm and mlx-swift-lm alike.
 
 What each of the three insists on (mlx-vlm 0.7.10, mlx-swift-lm 1441444):
 

@@ -19,6 +19,7 @@ from fastvlm_mlx import hub
 from fastvlm_mlx.config import FASTVITHD, ModelConfig, read_config, read_json
 from fastvlm_mlx.errors import CheckpointError, ConfigError, HubError, UsageError
 from fastvlm_mlx.weights.files import LazyTensor, TensorFiles, open_tensors
+from fastvlm_mlx.weights.files import _inside as inside_folder
 from fastvlm_mlx.weights.layouts import (
     LANGUAGE,
     LAYOUTS,
@@ -139,13 +140,16 @@ def open_source(
     notes: list[str] = []
 
     def find(wanted: str | Path) -> Located:
-        return locate(
+        found = locate(
             wanted,
             download=options.download,
             target=target,
             progress=progress,
             note=notes.append,
         )
+        if found.path.is_dir():
+            _refuse_links_out(found.path)
+        return found
 
     located = find(name)
     if located.path.is_file():
@@ -169,11 +173,18 @@ def open_source(
     return source
 
 
+def _refuse_links_out(folder: Path) -> None:
+    """The small files are copied into the result: a link must not bring a private file along."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink():
+            inside_folder(folder, entry.name)
+
+
 # One folder -----------------------------------------------------------------------------------
 
 
 def _any_config(folder: Path) -> ModelConfig:
-    """The configuration of a FastVLM, or of a bare language model as that of the FastVLM it will be."""
+    """The configuration of a FastVLM; of a bare language model, that of the FastVLM it will be."""
     raw = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     kind = raw.get("model_type")
     if kind not in _LANGUAGE_TYPES:
@@ -315,7 +326,7 @@ def _add(source: Source, deltas: Mapping[str, Delta], path: Path) -> None:
             raise CheckpointError(f"{path}: {delta.a.name!r} is for a layer that the base lacks")
         if f"{target.removesuffix('weight')}scales" in source.tensors:
             raise CheckpointError(
-                f"{origin.tensor.file}: the base is quantised; merge onto the original, then quantise"
+                f"{origin.tensor.file}: the base is quantised; merge onto the original instead"
             )
         wanted = (delta.b.shape[0], delta.a.shape[1])
         if origin.tensor.shape != wanted:
@@ -374,7 +385,7 @@ def _require_parts(source: Source, options: ConvertOptions) -> None:
     where = source.located.name
     if VISION not in has:
         raise CheckpointError(
-            f"{where}: holds no encoder (vision tower): name a checkpoint that has one with --encoder"
+            f"{where}: holds no encoder (vision tower): name one that does with --encoder"
         )
     if PROJECTOR not in has and source.config.projector.depth:
         raise CheckpointError(f"{where}: holds no projector (mm_projector)")

@@ -56,6 +56,7 @@ class Target:
         self.path = Path(os.path.realpath(Path(path).expanduser()))
         self._overwrite = overwrite
         self._lock: int | None = None
+        self._made: list[Path] = []  # folders above the target that were not there, deepest first
         self.partial = self.path
         if not self.path.name:
             raise UsageError(f"{path} is no name for a folder to write")
@@ -74,6 +75,7 @@ class Target:
 
     def __enter__(self) -> Target:
         with self._explained():
+            self._made = [p for p in self.path.parents if not p.exists()]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             locked = self._acquire()
         try:
@@ -169,7 +171,7 @@ class Target:
                 os.close(lock)
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise TargetError(
-                        f"another conversion is writing {self.path}: wait for it, or choose another name"
+                        f"another conversion is writing {self.path}: wait, or choose another name"
                     ) from None
                 return False
             self._lock = lock
@@ -187,6 +189,9 @@ class Target:
                 os.unlink(self.path.parent / self._hidden("lock"))
             os.close(self._lock)
             self._lock = None
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in self._made:
+                folder.rmdir()
 
     def _recover(self) -> None:
         """What a killed conversion left: its folder goes; an old model it had set aside returns.

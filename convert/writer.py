@@ -113,7 +113,7 @@ def _write_shard(path: Path, jobs: Sequence[Job], advance: Callable[[int], None]
 
 
 def make_header(specs: Sequence[Spec]) -> tuple[bytes, dict[str, int]]:
-    """(the header's bytes, tensor -> position in the file). Wide types first, so all are aligned."""
+    """(the header's bytes, tensor -> position in the file). Wide types first: all are aligned."""
     entries: dict[str, Any] = {"__metadata__": _METADATA}
     position = 0
     begins = {}
@@ -151,7 +151,7 @@ def _run(handle: int, job: Job, offsets: dict[str, int], advance: Callable[[int]
 def bytes_of(array: Array) -> memoryview:
     """The array's own bytes, without a copy if it is contiguous."""
     flat = np.ascontiguousarray(array).reshape(-1)
-    return memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")
+    return flat.view(np.uint8).data if flat.size else memoryview(b"")
 
 
 def _write(handle: int, data: memoryview, position: int) -> None:

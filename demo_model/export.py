@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 from transformers import FastVlmForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
 
-from model import IMAGE_SIZE, STRIDE, add_norms, build_config, build_model, encoder_of, fold_norms
+from model import (
+    IMAGE_SIZE, STRIDE, add_norms, add_projector_norm, build_config, build_model, encoder_of,
+    fold_norms, fold_projector_norm,
+)
 from tokenizer import VOCAB_SIZE, special_ids, train_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -90,9 +93,11 @@ def load_checkpoint(path: Path | None) -> FastVlmForConditionalGeneration:
     if path is not None:
         state = torch.load(path, map_location="cpu")
         add_norms(encoder_of(model))
+        add_projector_norm(model)
         model.load_state_dict(state["average"])
         model.tie_weights()
         fold_norms(encoder_of(model))
+        fold_projector_norm(model)
     return model.eval()
 
 

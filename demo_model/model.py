@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
-IMAGE_SIZE = 256
+IMAGE_SIZE = 192
 STRIDE = 64  # picture pixels per visual token, each way
 TOKENS_PER_IMAGE = (IMAGE_SIZE // STRIDE) ** 2
 EMBED_DIMS = (16, 32, 64, 192, 384)
@@ -75,22 +75,31 @@ def encoder_of(model: FastVlmForConditionalGeneration) -> nn.Module:
 def initialise_encoder(encoder: nn.Module) -> None:
     """Initialise an encoder built with `inference_mode=True`.
 
-    In the fused form there is no skip branch and hardly a norm, so the token mixers start as the
-    identity and the other convolutions keep the variance of what flows through them.
+    In the fused form the token mixers have no skip branch, so they start near the identity. The
+    large depthwise kernels start as random 3x3 kernels in a field of zeros: random 7x7 kernels
+    stacked this deep drown the picture in noise, and learning takes many times as long.
     """
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Conv2d):
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-            fan_in = module.weight[0].numel()
             if "token_mixer.reparam_conv" in name or "pos_emb.reparam_conv" in name:
                 nn.init.dirac_(module.weight, groups=module.groups)
-                module.weight.add_(torch.randn_like(module.weight), alpha=0.3 / math.sqrt(fan_in))
+                noise = 0.2 / math.sqrt(module.weight[0].numel())
+                module.weight.add_(torch.randn_like(module.weight), alpha=noise)
             else:
-                gain = 1.0 if ".fc2" in name or ".mlp.conv" in name else math.sqrt(2.0)
-                nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
+                module.reset_parameters()
+                if module.groups > 1:
+                    _start_small(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif type(module).__name__ == "LayerScale2d":
             module.gamma.fill_(0.4)
+
+
+def _start_small(weight: torch.Tensor) -> None:
+    """Fill depthwise kernels (C, 1, k, k) with a random 3x3 centre and zeros around it."""
+    middle = weight.shape[-1] // 2
+    weight.zero_()
+    weight[..., middle - 1 : middle + 2, middle - 1 : middle + 2].uniform_(-1 / 3, 1 / 3)
 
 
 class NormedConv(nn.Sequential):
@@ -109,6 +118,32 @@ class NormedConv(nn.Sequential):
         return conv
 
 
+class NormedLinear(nn.Module):
+    """A linear layer with a BatchNorm before it while training; `fold_norms` merges them.
+
+    Most of what the encoder puts out is the same for every picture; without the norm the
+    projector would spend its time on that.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(linear.in_features)
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, N, C) -> (B, N, D)."""
+        return self.linear(self.norm(x.flatten(0, 1)).view_as(x))
+
+    @torch.no_grad()
+    def folded(self) -> nn.Linear:
+        """The one linear layer that does what both do in evaluation mode."""
+        linear, norm = copy.deepcopy(self.linear), self.norm
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        linear.bias.add_(linear.weight @ (norm.bias - norm.running_mean * scale))
+        linear.weight.mul_(scale)
+        return linear
+
+
 def add_norms(encoder: nn.Module) -> None:
     """Put a BatchNorm behind every fused convolution, in place: without it training is slow."""
     for module in list(encoder.modules()):
@@ -125,21 +160,21 @@ def fold_norms(encoder: nn.Module) -> None:
             module.reparam_conv = conv.folded()
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
-    """Groups for an optimiser that multiplies its rate by each group's `scale`.
+def add_projector_norm(model: FastVlmForConditionalGeneration) -> None:
+    """Put a BatchNorm before the projector, in place."""
+    projector = model.model.multi_modal_projector
+    projector.linear_1 = NormedLinear(projector.linear_1)
 
-    A kernel of few inputs starts with large weights, and Adam moves every weight by about the
-    rate; so the narrow convolutions need a larger rate to learn as fast as the wide ones. Weight
-    decay is for matrices and dense kernels only.
-    """
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+
+def fold_projector_norm(model: FastVlmForConditionalGeneration) -> None:
+    """Undo `add_projector_norm`, exactly."""
+    projector = model.model.multi_modal_projector
+    projector.linear_1 = projector.linear_1.folded()
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
+    """Weight decay for matrices and dense kernels only."""
+    yes, no = [], []
     for parameter in model.parameters():
-        scale = 1.0
-        if parameter.ndim == 4:
-            scale = min(6.0, max(1.0, 24.0 / math.sqrt(parameter[0].numel())))
-        dense = parameter.ndim >= 2 and parameter[0].numel() > 9
-        found.setdefault((round(scale, 2), decay if dense else 0.0), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay, "scale": scale}
-        for (scale, weight_decay), parameters in found.items()
-    ]
+        (yes if parameter.ndim >= 2 and parameter[0].numel() > 9 else no).append(parameter)
+    return [{"params": yes, "weight_decay": decay}, {"params": no, "weight_decay": 0.0}]

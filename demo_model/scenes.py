@@ -21,18 +21,15 @@ from sprites import Sprite
 WORD_LIST = Path("/usr/share/dict/american-english")  # Debian package wamerican
 _FONT_ROOT = Path("/usr/share/fonts/truetype")
 FONTS: tuple[str, ...] = (
-    "dejavu/DejaVuSans.ttf", "dejavu/DejaVuSans-Bold.ttf", "dejavu/DejaVuSansCondensed-Bold.ttf",
-    "dejavu/DejaVuSansCondensed.ttf", "dejavu/DejaVuSerif-Bold.ttf", "dejavu/DejaVuSerif.ttf",
-    "dejavu/DejaVuSansMono-Bold.ttf", "liberation/LiberationSans-Regular.ttf",
-    "liberation/LiberationSans-Bold.ttf", "liberation/LiberationSerif-Bold.ttf",
-    "liberation/LiberationSerif-Regular.ttf", "liberation/LiberationMono-Bold.ttf",
-    "liberation/LiberationSansNarrow-Bold.ttf", "freefont/FreeSansBold.ttf",
-    "freefont/FreeSans.ttf", "freefont/FreeSerifBold.ttf",
+    "dejavu/DejaVuSans-Bold.ttf", "dejavu/DejaVuSans.ttf", "dejavu/DejaVuSansCondensed-Bold.ttf",
+    "liberation/LiberationSans-Bold.ttf", "liberation/LiberationSans-Regular.ttf",
+    "freefont/FreeSansBold.ttf",
 )
 _NARROW = ("dejavu/DejaVuSansCondensed-Bold.ttf", "liberation/LiberationSansNarrow-Bold.ttf")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 MIN_CAP_HEIGHT = 1 / 8  # of the picture's side
-MAX_TEXT_TILT = 8.0  # degrees
+CAP_HEIGHTS = (0.17, 0.25)  # of the picture's side, as far as the word's width allows
+MAX_TEXT_TILT = 3.0  # degrees
 _HELD_OUT_WORDS = 10  # one word in this many never occurs in training
 
 
@@ -88,7 +85,7 @@ class SceneMaker:
         held_out_words: bool | None = None,
     ) -> None:
         self.size = size
-        self.cap_heights = (MIN_CAP_HEIGHT, 0.34)  # of the picture's side
+        self.cap_heights = CAP_HEIGHTS
         self.large_share = 0.5  # of the single things
         self.sprites: dict[str, list[Sprite]] = {}
         for sprite in sprites:
@@ -99,8 +96,7 @@ class SceneMaker:
         self.only_words = held_out if held_out_words is None else held_out_words
 
     def make(
-        self, rng: np.random.Generator, kind: str | None = None, difficulty: float = 1.0,
-        text_share: float = 0.45,
+        self, rng: np.random.Generator, kind: str | None = None, text_share: float = 0.45
     ) -> tuple[np.ndarray, Scene]:
         """Return a picture, uint8 (size, size, 3), and its facts.
 
@@ -114,14 +110,14 @@ class SceneMaker:
         image, avoid = self._background(rng, scene)
         area = (0.0, 0.0, 1.0, 1.0)
         if kind == "word":
-            self._write(image, rng, scene, area, avoid, difficulty)
+            self._write(image, rng, scene, area, avoid)
         else:
             if rng.random() < text_share:
                 band = rng.uniform(0.24, 0.38)
                 top = rng.random() < 0.5
                 text_area = (0.0, 0.0, 1.0, band) if top else (0.0, 1 - band, 1.0, 1.0)
                 area = (0.0, band, 1.0, 1.0) if top else (0.0, 0.0, 1.0, 1 - band)
-                self._write(image, rng, scene, text_area, avoid, difficulty)
+                self._write(image, rng, scene, text_area, avoid)
             self._place(image, rng, scene, kind, area, avoid)
         return self._degrade(image, rng), scene
 
@@ -133,7 +129,7 @@ class SceneMaker:
         if rng.random() < 0.55:
             letters = rng.integers(len(LETTERS), size=rng.integers(1, 2 + self.size // 48))
             text = "".join(LETTERS[i] for i in letters)
-            self._write(image, rng, scene, area, avoid, 1.0, text)
+            self._write(image, rng, scene, area, avoid, text)
         else:
             kind = "shape" if rng.random() < 0.15 else "object"
             self._place(image, rng, scene, kind, area, avoid)
@@ -270,12 +266,11 @@ class SceneMaker:
     def _write(
         self, image: Image.Image, rng: np.random.Generator, scene: Scene,
         area: tuple[float, float, float, float], avoid: list[tuple[int, int, int]],
-        difficulty: float, text: str | None = None,
+        text: str | None = None,
     ) -> None:
         x0, y0, x1, y1 = (v * self.size for v in area)
         text = self._text(rng) if text is None else text
-        smallest = self.cap_heights[0] + (1 - difficulty) * 0.08
-        height = rng.uniform(smallest, max(smallest + 0.01, self.cap_heights[1])) * self.size
+        height = rng.uniform(*self.cap_heights) * self.size
         height = min(height, 0.78 * (y1 - y0))
         for attempt in range(6):
             name = str(rng.choice(FONTS if attempt < 4 else _NARROW))
@@ -284,14 +279,14 @@ class SceneMaker:
             width = _font(name, 64).getlength(text) * points / 64
             if width > 0.93 * (x1 - x0):
                 points *= 0.93 * (x1 - x0) / width
-            if points / 64 * (cap[3] - cap[1]) >= self.cap_heights[0] * self.size * 0.98:
+            if points / 64 * (cap[3] - cap[1]) >= MIN_CAP_HEIGHT * self.size:
                 break
         font = _font(name, max(16, 2 * round(points / 2)))
         left, top, right, bottom = font.getbbox(text)
         mask = Image.new("L", (right - left + 4, bottom - top + 4), 0)
         ImageDraw.Draw(mask).text((2 - left, 2 - top), text, font=font, fill=255)
         centre = (mask.width / 2, mask.height / 2)
-        tilt = rng.uniform(-MAX_TEXT_TILT, MAX_TEXT_TILT) * difficulty
+        tilt = rng.uniform(-MAX_TEXT_TILT, MAX_TEXT_TILT)
         if rng.random() < 0.35:
             tilt = 0.0
         if tilt:
@@ -307,7 +302,7 @@ class SceneMaker:
                 (px - 6, py - 5, px + mask.width + 6, py + mask.height + 5), fill=plate
             )
             avoid = [plate]
-        colour, rgb = _contrasting(rng, avoid)
+        colour, rgb = _contrasting(rng, avoid, 230.0)
         image.paste(rgb, (round(px), round(py)), mask)
         scene.text, scene.text_colour = text, colour
         turn = math.radians(tilt)
@@ -347,19 +342,18 @@ class Mosaics:
     """
 
     def __init__(
-        self, sprites: list[Sprite], side: int, parts: int, cap_heights: tuple[float, float],
-        rng: np.random.Generator, pool: int = 2500,
+        self, sprites: list[Sprite], side: int, parts: int, rng: np.random.Generator,
+        pool: int = 2500,
     ) -> None:
         self.side, self.parts = side, parts
         self.maker = SceneMaker(sprites, side // parts)
-        self.maker.cap_heights = cap_heights
+        self.maker.cap_heights = (0.5, 0.75)
         self.maker.large_share = 0.85
         self.tiles = [self.maker.tile(rng) for _ in range(pool)]
 
     def make(self, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, int, Scene]]]:
         """A picture, uint8 (side, side, 3), and each tile's corner in pixels with its facts."""
-        for _ in range(2):
-            self.tiles[int(rng.integers(len(self.tiles)))] = self.maker.tile(rng)
+        self.tiles[int(rng.integers(len(self.tiles)))] = self.maker.tile(rng)
         whole = self.maker.size
         picture = np.empty((self.side, self.side, 3), dtype=np.uint8)
         facts = []
@@ -406,7 +400,7 @@ def _shade(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
 
 
 def _contrasting(
-    rng: np.random.Generator, avoid: list[tuple[int, int, int]]
+    rng: np.random.Generator, avoid: list[tuple[int, int, int]], enough: float = 150.0
 ) -> tuple[str, tuple[int, int, int]]:
     """A named colour and a shade of it that can be told from every colour in `avoid`."""
     best: tuple[float, str, tuple[int, int, int]] | None = None
@@ -416,7 +410,7 @@ def _contrasting(
         gap = min(_distance(rgb, other) for other in avoid)
         if best is None or gap > best[0]:
             best = (gap, name, rgb)
-        if gap > 150:
+        if gap > enough:
             break
     return best[1], best[2]
 

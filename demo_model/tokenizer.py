@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def _corpus(sentences: int = 20000) -> itertools.chain[str]:
+def _corpus(sentences: int = 5000) -> itertools.chain[str]:
     """Questions and answers about made-up scenes, and the fixed words often enough to be merged."""
     rng = np.random.default_rng(0)
     names = [*vocabulary.OBJECTS, *vocabulary.SHAPES]
@@ -57,7 +57,7 @@ def _corpus(sentences: int = 20000) -> itertools.chain[str]:
                 lines.append(f"{questions.restyle(rng, turn.question)}\n{turn.answer}")
         talk = questions.small_talk(rng)
         lines.append(f"{talk.question}\n{talk.answer}")
-    fixed = [f"system\n{SYSTEM}", "user\n", "assistant\n"] * 2000
+    fixed = [f"system\n{SYSTEM}", "user\n", "assistant\n"] * 500
     return itertools.chain(lines, fixed)
 
 
@@ -72,7 +72,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL), min_frequency=20, show_progress=False,
+        vocab_size=VOCAB_SIZE - len(SPECIAL), min_frequency=5, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(_corpus(), trainer)

@@ -22,7 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from conversations import IGNORE, RowMaker
-from model import STRIDE, add_norms, build_config, build_model, encoder_of, parameter_groups
+from model import (
+    IMAGE_SIZE, STRIDE, add_norms, add_projector_norm, build_config, build_model, encoder_of,
+    parameter_groups,
+)
 from ranks import average_gradients, run
 from scenes import SceneMaker
 from sprites import load_sprites
@@ -61,6 +64,7 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
     model = build_model(build_config(VOCAB_SIZE, special_ids(tokenizer)))
     encoder, heads = encoder_of(model), Heads()
     add_norms(encoder)
+    add_projector_norm(model)
     step, state = 0, None
     if options.resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu")
@@ -71,6 +75,9 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
         nn.ModuleList([encoder, heads]).load_state_dict(
             torch.load(options.encoder, map_location="cpu")["both"]
         )
+        norm = model.model.multi_modal_projector.linear_1.norm
+        norm.running_mean.copy_(heads.final_norm.running_mean)
+        norm.running_var.copy_(heads.final_norm.running_var)
     model.to(device).train()
     encoder.to(memory_format=torch.channels_last)
     heads.to(device)
@@ -78,7 +85,7 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
     for part, scale in ((encoder, options.encoder_rate), (heads, 1.0),
                         (model.model.multi_modal_projector, 1.0), (model.model.language_model, 1.0)):
         groups += [
-            {**group, "scale": scale * group["scale"]} for group in parameter_groups(part, 0.03)
+            {**group, "scale": scale} for group in parameter_groups(part, 0.03)
         ]
     parameters = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), fused=True)
@@ -147,12 +154,12 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="checkpoint of train_vision.py")
     parser.add_argument("--output", type=Path, default=Path("runs/joint"))
     parser.add_argument("--sprites", type=Path, default=Path("runs/sprites.npz"))
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="side of the pictures, pixels")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--minutes", type=float, help="stop after so long; resume later")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--encoder-rate", type=float, default=0.5, help="factor of the rate")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--encoder-rate", type=float, default=0.7, help="factor of the rate")
     parser.add_argument("--auxiliary", type=float, default=0.15, help="weight of the heads' loss")
     parser.add_argument("--decay", type=float, default=0.998, help="of the running average")
     parser.add_argument("--seed", type=int, default=2)

@@ -34,6 +34,7 @@ from scenes import LETTERS, Mosaics, Scene, SceneMaker
 from sprites import load_sprites
 
 SLOTS = 6
+TILE = 64  # pixels of a mosaic's tiles
 MIDDLE = EMBED_DIMS[3]
 THINGS = (*vocabulary.OBJECTS, *vocabulary.SHAPES)
 COLOURS = tuple(vocabulary.COLOURS)
@@ -65,7 +66,7 @@ def targets_of(scene: Scene) -> list[int]:
 
 
 def batches(
-    maker: SceneMaker, mosaics: list[Mosaics], rng: np.random.Generator, batch: int,
+    maker: SceneMaker, mosaics: Mosaics, rng: np.random.Generator, batch: int,
     first: int, plain: int,
 ) -> Iterator[tuple[torch.Tensor, list[list[Tile]]]]:
     """Endless pictures uint8 (B, s, s, 3) with their facts, beginning with batch `first`.
@@ -77,9 +78,8 @@ def batches(
         pictures, facts = [], []
         for _ in range(batch):
             if tiled:
-                mosaic = mosaics[int(rng.integers(len(mosaics)))]
-                picture, tiles = mosaic.make(rng)
-                facts.append([Tile(x, y, mosaic.maker.size, scene) for x, y, scene in tiles])
+                picture, tiles = mosaics.make(rng)
+                facts.append([Tile(x, y, TILE, scene) for x, y, scene in tiles])
             else:
                 picture, scene = maker.make(rng, text_share=0.6)
                 facts.append([Tile(0, 0, maker.size, scene)])
@@ -176,10 +176,13 @@ class Heads(nn.Module):
         self.middle_norm = nn.BatchNorm2d(middle)
         self.final_letters = nn.Linear(features, 16 * letters)
         self.middle_letters = nn.Linear(middle, 4 * letters)
+        self.middle_things = nn.Conv2d(middle, things, 1)
+        self.middle_colours = nn.Conv2d(middle, len(COLOURS), 1)
         self.final_things = nn.Linear(features, 4 * things)
         self.final_colours = nn.Linear(features, 4 * len(COLOURS))
         self.queries = nn.Parameter(torch.randn(len(TARGETS), width) * 0.5)
         self.token = nn.Linear(features, width)
+        self.places = nn.Parameter(torch.randn(1, width, 4, 4) * 0.1)
         self.norm = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
         self.after = nn.LayerNorm(width)
@@ -190,9 +193,11 @@ class Heads(nn.Module):
         self, middle: torch.Tensor, final: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """middle (B, M, 2h, 2w), final (B, C, h, w) -> answers, one (B, classes) per target, and
-        maps: two of letters (B, classes, 4h, 4w), things and colours (B, classes, 2h, 2w)."""
+        maps: two of letters (B, classes, 4h, 4w), two each of things and colours (B, classes,
+        2h, 2w), from the final map and from the middle one."""
         normed = self.final_norm(final).permute(0, 2, 3, 1)
-        between = self.middle_norm(middle).permute(0, 2, 3, 1)
+        middle = self.middle_norm(middle)
+        between = middle.permute(0, 2, 3, 1)
         maps = [
             F.pixel_shuffle(layer(x).permute(0, 3, 1, 2), scale)
             for layer, x, scale in (
@@ -200,7 +205,10 @@ class Heads(nn.Module):
                 (self.final_things, normed, 2), (self.final_colours, normed, 2),
             )
         ]
-        tokens = self.norm(self.token(normed.flatten(1, 2)))
+        places = F.interpolate(self.places, final.shape[2:], mode="bilinear", align_corners=True)
+        maps += [self.middle_things(middle), self.middle_colours(middle)]
+        tokens = self.token(normed) + places.permute(0, 2, 3, 1)
+        tokens = self.norm(tokens.flatten(1, 2))
         queries = self.queries.expand(len(tokens), -1, -1)
         seen = queries + self.attention(queries, tokens, tokens, need_weights=False)[0]
         seen = seen + self.mlp(self.after(seen))
@@ -227,11 +235,13 @@ def losses(
         weight = 0.6 if name.startswith("letter") else 0.3 if "colour" in name else 0.5
         total = total + weight * F.cross_entropy(answers[i], column, ignore_index=IGNORE)
     for scores, grid in ((maps[0], targets.letters), (maps[1], targets.letters),
-                         (maps[2], targets.things)):
+                         (maps[2], targets.things), (maps[4], targets.things)):
         weight = torch.ones(scores.shape[1], device=scores.device)
         weight[0] = 0.1
         total = total + F.cross_entropy(scores, grid, weight)
-    return total + 0.5 * F.cross_entropy(maps[3], targets.colours, ignore_index=IGNORE)
+    for scores in (maps[3], maps[5]):
+        total = total + 0.4 * F.cross_entropy(scores, targets.colours, ignore_index=IGNORE)
+    return total
 
 
 @torch.no_grad()
@@ -295,15 +305,13 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
     if options.resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
         both.load_state_dict(state["both"])
-        optimiser.load_state_dict(state["optimiser"])
+        if state["optimiser"] is not None:
+            optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
     share = options.batch // ranks
     maker = SceneMaker(load_sprites(options.sprites), options.size)
     rng = np.random.default_rng((options.seed, step, rank))
-    mosaics = [
-        Mosaics(load_sprites(options.sprites), options.size, parts, caps, rng)
-        for parts, caps in ((2, (0.22, 0.62)), (3, (0.34, 0.8)))
-    ]
+    mosaics = Mosaics(load_sprites(options.sprites), options.size, options.size // TILE, rng)
     stream = batches(maker, mosaics, rng, share, step, options.mosaics)
     forward = torch.compile(forward_maps) if options.compile else forward_maps
     tally: dict[str, list[int]] = {}
@@ -312,7 +320,7 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
         if step >= options.steps:
             break
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, options) * group["scale"]
+            group["lr"] = learning_rate(step, options)
         targets = Targets.of(facts, options.size, device)
         answers, maps = heads(*forward(encoder, to_pixels(pictures, device)))
         loss = losses(answers, maps, targets)

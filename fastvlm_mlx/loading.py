@@ -200,10 +200,11 @@ def _build(
     if not any(target.startswith(VISION) for target in names.canonical.values()):
         raise CheckpointError(
             "there is no encoder among these tensors (Apple's MLX exports keep it elsewhere); join "
-            "one from another checkpoint: fastvlm-mlx convert FOLDER --encoder MODEL -o FOLDER"
+            "one from another checkpoint: fastvlm-mlx convert FOLDER TARGET --encoder MODEL"
         )
     canonical = {}
     for source, target in names.canonical.items():
+        _require_float(tensors, source)
         canonical[target] = channels_last(target, tensors[source].read(), names.layout)
     parameters = assemble_canonical(config, canonical, names)
     del canonical
@@ -223,6 +224,16 @@ def _build(
         model = dequantize_model(model)
     cast(model, dtype)
     return model, names.layout.name
+
+
+def _require_float(tensors: Mapping[str, LazyTensor], name: str) -> None:
+    """Integers are weights only where scales lie beside them; else they are another's packing."""
+    tensor, path = tensors[name], name.rpartition(".")[0]
+    if not tensor.dtype.startswith(("F", "BF")) and f"{path}.scales" not in tensors:
+        raise CheckpointError(
+            f"{tensor.file}: {name} is of the type {tensor.dtype}, and no {path}.scales tells how "
+            "to unpack it"
+        )
 
 
 def quantise_like(model: FastVLM, parameters: Mapping[str, mx.array]) -> bool:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -31,6 +31,9 @@ Examples:
   {PROGRAM} convert apple/FastVLM-7B-int4 joined --encoder apple/FastVLM-0.5B
   {PROGRAM} convert FastVLM-7B-4bit FastVLM-7B-whole --dequantize
 """
+
+
+_STAGES = {"unpack": "unpacking", "write": "writing"}
 
 
 class VerificationFailed(FastVLMError):
@@ -110,7 +113,7 @@ def command(
         bool,
         typer.Option(
             "--verify",
-            help="Run source and result on pictures; keep the result only if they agree.",
+            help="Run source and result on pictures; keep the result if they agree.",
         ),
     ] = False,
     pictures: Annotated[
@@ -135,10 +138,10 @@ def command(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before uploading.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a checkpoint to MLX safetensors, quantised or not, for fastvlm-mlx, mlx-vlm and Swift.
+    """Convert a checkpoint to MLX safetensors for fastvlm-mlx, mlx-vlm and mlx-swift-lm.
 
     SOURCE is read in every layout that FastVLM is published in, and never written to. A repository
-    that is not on this machine is downloaded first. TARGET appears whole, at the end, or not at all.
+    that is not on this machine is downloaded first. TARGET appears whole at the end, or not at all.
     """
     from fastvlm_mlx.convert.options import ConvertOptions, parse_size
     from fastvlm_mlx.convert.upload import check_repo
@@ -148,13 +151,13 @@ def command(
     options = ConvertOptions(
         bits=bits,
         group_size=group_size,
-        mode=mode,  # type: ignore[arg-type] - checked there, with a message that lists the choices
+        mode=cast(Any, mode),  # checked there, with a message that lists the choices
         recipe=recipe,
         keep=tuple(item.strip() for item in keep.split(",") if item.strip()),
         projector_bits=projector_bits,
         dequantize=dequantize,
-        dtype=dtype,  # type: ignore[arg-type]
-        encoder_dtype=encoder_dtype,  # type: ignore[arg-type]
+        dtype=cast(Any, dtype),
+        encoder_dtype=cast(Any, encoder_dtype),
         base=base,
         encoder=encoder,
         shard_size=parse_size(shard_size),
@@ -248,8 +251,6 @@ def _upload(folder: Path, repo: str, public: bool, yes: bool) -> dict[str, Any]:
 class _Bars:
     """Progress on standard error: one bar a stage, in bytes."""
 
-    _NAMES = {"unpack": "unpacking", "write": "writing"}
-
     def __init__(self) -> None:
         self._bar: Any = None
         self._stage = ""
@@ -263,9 +264,9 @@ class _Bars:
     def show(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._close()
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
-            name = self._NAMES.get(stage, stage)
+            name = _STAGES.get(stage, stage)
             self._bar = tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False)
             self._stage = stage
         self._bar.update(done - self._bar.n)

@@ -95,11 +95,11 @@ def inspection_text(report: Inspection, *, tensors: bool = False) -> str:
         if lines:
             blocks.append("\n".join([f"{title}:", *(f"  {line}" for line in _shortened(lines))]))
     if tensors:
-        rows = [
-            (name, facts["dtype"], "x".join(map(str, facts["shape"])) or "scalar", facts["file"])
-            for name, facts in report.tensors.items()
-        ]
-        blocks.append(table([("tensor", "type", "shape", "file"), *rows]))
+        listed = [("tensor", "type", "shape", "file")]
+        for name, tensor in report.tensors.items():
+            shape = "x".join(map(str, tensor["shape"])) or "scalar"
+            listed.append((name, tensor["dtype"], shape, tensor["file"]))
+        blocks.append(table(listed))
     verdict = "broken: it cannot be loaded as it is" if report.broken else "no fault found"
     return "\n\n".join([*blocks, verdict])
 

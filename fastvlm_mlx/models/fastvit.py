@@ -13,11 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import VisionConfig
-
-
-def depthwise(channels: int, kernel: int) -> nn.Conv2d:
-    """(b, h, w, c) -> (b, h, w, c), each channel on its own."""
-    return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+from .cpu import GroupedConv2d, gelu
 
 
 class SqueezeExcite(nn.Module):
@@ -40,13 +36,13 @@ class Stem(nn.Module):
         super().__init__()
         self.layers = [
             nn.Conv2d(3, dim, 3, stride=2, padding=1),
-            nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim),
+            GroupedConv2d(dim, dim, 3, stride=2),
             nn.Conv2d(dim, dim, 1),
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
         for conv in self.layers:
-            x = nn.gelu(conv(x))
+            x = gelu(conv(x))
         return x
 
 
@@ -56,8 +52,7 @@ class Downsample(nn.Module):
     def __init__(self, config: VisionConfig, stage: int):
         super().__init__()
         in_dim, dim = config.embed_dims[stage - 1], config.embed_dims[stage]
-        kernel = config.downsample_kernel
-        self.large = nn.Conv2d(in_dim, dim, kernel, stride=2, padding=kernel // 2, groups=in_dim)
+        self.large = GroupedConv2d(in_dim, dim, config.downsample_kernel, stride=2)
         if config.se_downsamples[stage]:
             self.se = SqueezeExcite(dim, dim // 4)
         self.pointwise = nn.Conv2d(dim, dim, 1)
@@ -68,8 +63,8 @@ class Downsample(nn.Module):
         if "se" in self:
             x = self.se(x)
         if self._act:
-            x = nn.gelu(x)
-        return nn.gelu(self.pointwise(x))
+            x = gelu(x)
+        return gelu(self.pointwise(x))
 
 
 class ConvFFN(nn.Module):
@@ -77,12 +72,12 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.conv = depthwise(dim, 7)
+        self.conv = GroupedConv2d(dim, dim, 7)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu(self.fc1(self.conv(x))))
+        return self.fc2(gelu(self.fc1(self.conv(x))))
 
 
 class Attention(nn.Module):
@@ -113,7 +108,7 @@ class RepMixerBlock(nn.Module):
 
     def __init__(self, dim: int, hidden: int, config: VisionConfig):
         super().__init__()
-        self.token_mixer = depthwise(dim, config.repmixer_kernel)
+        self.token_mixer = GroupedConv2d(dim, dim, config.repmixer_kernel)
         self.mlp = ConvFFN(dim, hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -145,7 +140,7 @@ class Stage(nn.Module):
         if config.downsamples[stage]:
             self.downsample = Downsample(config, stage)
         if config.pos_emb_kernels[stage]:
-            self.pos_emb = depthwise(dim, config.pos_emb_kernels[stage])
+            self.pos_emb = GroupedConv2d(dim, dim, config.pos_emb_kernels[stage])
         self.blocks = [block(dim, hidden, config) for _ in range(config.depths[stage])]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -164,11 +159,11 @@ class FinalConv(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         dim = config.embed_dims[-1]
-        self.conv = nn.Conv2d(dim, config.feature_dim, 3, padding=1, groups=dim)
+        self.conv = GroupedConv2d(dim, config.feature_dim, 3)
         self.se = SqueezeExcite(config.feature_dim, config.se_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return nn.gelu(self.se(self.conv(x)))
+        return gelu(self.se(self.conv(x)))
 
 
 class FastViT(nn.Module):

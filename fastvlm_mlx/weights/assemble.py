@@ -40,6 +40,9 @@ def assemble_canonical(
     config: ModelConfig, canonical: dict[str, mx.array], names: Names
 ) -> dict[str, mx.array]:
     """The same from canonical names; `names` is kept for the messages."""
+    if names.layout.folded:
+        check_shapes({}, {}, {}, names.unknown)
+        return {parameter_name(name): tensor for name, tensor in canonical.items()}
     parameters: dict[str, mx.array] = {}
     vision: dict[str, mx.array] = {}
     for name, tensor in canonical.items():

@@ -10,6 +10,7 @@ Convolutions are channels last, (out, kernel, kernel, in / groups), from here on
 | `transformers` | `FastVlmForConditionalGeneration`, encoder from timm |
 | `mlx` | mlx-vlm, mlx-swift-lm and what `fastvlm-mlx convert` writes |
 | `apple-mlx` | Apple's MLX exports: language model and projector only |
+| `mlx-lm` | what mlx-lm's own `convert` and `fuse` save: the running model, folded |
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Layout:
     rules: tuple[Rule, ...]
     apple_vision_names: bool = False  # encoder modules named as in Apple's mci.py
     channels_first: bool = True  # convolutions stored (out, in, kernel, kernel)
+    folded: bool = False  # the encoder as `models.fastvit` runs it, not as published
 
 
 LAYOUTS = (
@@ -94,6 +96,17 @@ LAYOUTS = (
             ),
             Rule(r"(lm_head\..+)", r"language_model.\1"),
         ),
+    ),
+    Layout(
+        "mlx-lm",
+        marks=(r"vision_tower\.stem\.layers\..+",),
+        rules=(
+            Rule(r"(vision_tower\..+)", r"\1"),
+            Rule(r"mm_projector\.layers\.(.+)", r"mm_projector.\1"),
+            Rule(r"(language_model\..+)", r"\1"),
+        ),
+        channels_first=False,
+        folded=True,
     ),
     Layout(
         "apple-mlx",

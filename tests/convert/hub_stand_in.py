@@ -1,8 +1,8 @@
 """The calls by which `huggingface_hub` sends a folder, answered on this machine.
 
-Create the repository; have the card's head checked; ask how each file is to be sent (`preupload`); for large files the LFS batch,
-a PUT each, and its verification; one commit. That is its protocol without hf_xet, which a stand-in
-could not speak: tests set HF_HUB_DISABLE_XET.
+Create the repository; have the card's head checked; ask how each file is to be sent (`preupload`);
+for large files the LFS batch, a PUT each, and its verification; one commit. That is its protocol
+without hf_xet, which a stand-in could not speak: the tests switch that off.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tiny
 from damaged import Q_PROJ, TOWER, checkpoint
+from fastvlm_mlx.convert.inspection import Inspection, inspect
 from safetensors.numpy import save_file
 
-from fastvlm_mlx.convert.inspection import Inspection, inspect
 from fastvlm_mlx.errors import UsageError
 from fastvlm_mlx.weights.lazy import LazyTensor, SourceFile
 
@@ -62,6 +62,22 @@ def test_an_honest_checkpoint(honest: Path) -> None:
     assert report.repairs == ["image token: the tokenizer has no <image>; loading adds it"]
     assert json.loads(json.dumps(report.to_dict(tensors=True)))["broken"] is False
     assert report.tensors[f"{Q_PROJ}.weight"]["canonical"] == f"language_model.{Q_PROJ}.weight"
+
+
+@pytest.mark.parametrize("layout", ["llava", "mlx", "transformers", "apple-mlx"])
+def test_every_layout_is_recognised(tmp_path: Path, layout: str) -> None:
+    report = inspect(tiny.write(tmp_path / "model", layout))
+    assert not report.broken, faults(report)
+    assert report.layout == layout
+    whole = layout != "apple-mlx"
+    assert report.content.startswith("FastVLM" if whole else "FastVLM without its vision tower")
+    assert (report.encoder == "fused") == whole
+
+
+def test_a_training_checkpoint(tmp_path: Path) -> None:
+    report = inspect(tiny.write(tmp_path / "model", training=True))
+    assert not report.broken, faults(report)
+    assert report.encoder is not None and report.encoder.endswith("as training branches")
 
 
 def test_no_value_of_a_tensor_is_read(honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:

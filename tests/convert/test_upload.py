@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import tiny
+from fastvlm_mlx.convert.upload import check_repo, plan_upload, upload
 from hub_stand_in import COMMIT, StandIn, standing_in
 
-from fastvlm_mlx.convert.upload import check_repo, plan_upload, upload
 from fastvlm_mlx.errors import HubError, UsageError
 
 REPO = "somebody/FastVLM-tiny-4bit"
@@ -85,7 +85,7 @@ def test_public_has_to_be_asked_for(hub: StandIn, folder: Path) -> None:
 
 
 def test_no_means_no_call_at_all(hub: StandIn, folder: Path) -> None:
-    with pytest.raises(UsageError, match="not uploaded; .* stays as it is"):
+    with pytest.raises(UsageError, match=r"not uploaded; .* stays as it is"):
         upload(plan_upload(folder, REPO), confirm=lambda _: False)
     assert hub.steps == []
 
@@ -197,7 +197,7 @@ def test_wrong_names_are_refused_before_anything(name: str) -> None:
 def test_half_a_model_is_not_sent(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(HubError, match="no complete model, model-00002-of-00002.safetensors"):
+    with pytest.raises(HubError, match=r"no complete model, model-00002-of-00002\.safetensors"):
         plan_upload(folder, REPO)
     with pytest.raises(UsageError, match="there is no folder"):
         plan_upload(tmp_path / "nowhere", REPO)

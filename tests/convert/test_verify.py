@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import tiny
 from damaged import checkpoint
-
-from fastvlm_mlx import loading
 from fastvlm_mlx.convert import ConvertOptions, convert
 from fastvlm_mlx.convert.verify import (
     LIMITS_DB,
@@ -27,6 +25,8 @@ from fastvlm_mlx.convert.verify import (
     verification_text,
     verify,
 )
+
+from fastvlm_mlx import loading
 from fastvlm_mlx.errors import UsageError
 
 ONE: dict[str, Any] = {"pictures": [drawn_picture(0)], "tokens": 3}
@@ -160,7 +160,7 @@ def test_the_source_may_be_a_function(source: Path) -> None:
 
 def test_figures_of_a_difference() -> None:
     x = np.array([3.0, 0.0, 4.0])
-    one = difference("p", "features", x, x + [0.0, 0.3, 0.0], 20.0)
+    one = difference("p", "features", x, x + np.array([0.0, 0.3, 0.0]), 20.0)
     assert one.max_abs == pytest.approx(0.3) and one.mean_abs == pytest.approx(0.1)
     assert one.cosine == pytest.approx(25 / (5 * np.sqrt(25.09)))
     assert one.psnr_db == pytest.approx(20 * np.log10(4 / (0.3 / np.sqrt(3))))
