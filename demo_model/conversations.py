@@ -6,17 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
-
 from questions import Turn, conversation, small_talk, two_pictures
 from scenes import Scene, SceneMaker
 from tokenizer import encode, follow_up, prompt
+from transformers import PreTrainedTokenizerFast
 
 IGNORE = -100
 # How likely each kind of question is to be drawn, also as the first turn.
 WEIGHTS = {
-    "name": 1.6, "colour": 1.0, "count": 1.1, "where": 0.9, "read": 1.8, "yesno": 1.0,
-    "relation": 1.2, "describe": 0.8,
+    "name": 1.6,
+    "colour": 1.0,
+    "count": 1.1,
+    "where": 0.9,
+    "read": 1.8,
+    "yesno": 1.0,
+    "relation": 1.2,
+    "describe": 0.8,
 }
 _TEXT_ONLY, _TWO_PICTURES = 0.03, 0.03
 

@@ -17,17 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, FastVlmForConditionalGeneration
-
 from model import STRIDE
 from questions import Turn, ask
 from scenes import Scene, SceneMaker
 from sprites import load_sprites
 from tokenizer import encode, prompt
+from transformers import AutoTokenizer, FastVlmForConditionalGeneration
 
 SEED = 987_654_321
-_SCENES = {"name": "object", "count": "count", "where": "object", "read": "word",
-           "relation": "pair"}
+_SCENES = {
+    "name": "object",
+    "count": "count",
+    "where": "object",
+    "read": "word",
+    "relation": "pair",
+}
 Sample = tuple[np.ndarray, Turn]
 
 
@@ -49,24 +53,32 @@ class Answerer:
         pad = self.tokenizer.pad_token_id
         for start in range(0, len(samples), batch):
             part = samples[start : start + batch]
-            rows = [encode(self.tokenizer, prompt(turn.question), (self.size // STRIDE) ** 2)
-                    for _, turn in part]
+            rows = [
+                encode(self.tokenizer, prompt(turn.question), (self.size // STRIDE) ** 2)
+                for _, turn in part
+            ]
             longest = max(map(len, rows))
             ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
             pixels = torch.from_numpy(np.stack([picture for picture, _ in part]))
             pixels = pixels.permute(0, 3, 1, 2).float() / 255
             out = self.model.generate(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device),
-                pixel_values=pixels.to(self.device), max_new_tokens=40, do_sample=False,
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                pixel_values=pixels.to(self.device),
+                max_new_tokens=40,
+                do_sample=False,
             )
             texts += self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
 
 def collect(
-    make: Callable[[], tuple[np.ndarray, Scene]], kind: str, number: int,
-    rng: np.random.Generator, accept: Callable[[Scene, Turn], bool] = lambda scene, turn: True,
+    make: Callable[[], tuple[np.ndarray, Scene]],
+    kind: str,
+    number: int,
+    rng: np.random.Generator,
+    accept: Callable[[Scene, Turn], bool] = lambda scene, turn: True,
 ) -> list[Sample]:
     """`number` samples of one kind of question, in the plain wordings of `questions.py`."""
     samples: list[Sample] = []
@@ -107,13 +119,15 @@ def test_sets(sprites_path: Path, size: int, number: int) -> dict[str, list[Samp
         "colour": collect(of(seen, "shape"), "colour", number, rng),
         "colour, any scene": collect(of(seen, None), "colour", number, rng),
         "count, one to five": collect(
-            of(seen, "count"), "count", number, rng, lambda s, t: t.answer != "None."),
+            of(seen, "count"), "count", number, rng, lambda s, t: t.answer != "None."
+        ),
         "count, any scene": collect(of(seen, None), "count", number, rng),
         "where": collect(of(seen, "object"), "where", number, rng),
         "read a held-out word": collect(of(seen, "word"), "read", number, rng, is_word),
         "read a number": collect(of(seen, "word"), "read", number // 2, rng, is_number),
         "read a held-out word beside a thing": collect(
-            of(seen, "object", 1.0), "read", number, rng, is_word),
+            of(seen, "object", 1.0), "read", number, rng, is_word
+        ),
         "yes or no": collect(of(seen, None), "yesno", number, rng),
         "left, right, top, bottom": collect(of(seen, "pair"), "relation", number, rng),
         "name both of two": collect(of(seen, "pair"), "name", number, rng),
@@ -135,12 +149,17 @@ def main() -> None:
     print("| question | right | asked | accuracy |\n| --- | --- | --- | --- |")
     for title, samples in test_sets(options.sprites, answerer.size, options.number).items():
         answers = answerer.answer(samples)
-        wrong = [(turn, answer) for (_, turn), answer in zip(samples, answers, strict=True)
-                 if not same(turn.answer, answer)]
+        wrong = [
+            (turn, answer)
+            for (_, turn), answer in zip(samples, answers, strict=True)
+            if not same(turn.answer, answer)
+        ]
         right = len(samples) - len(wrong)
         results[title] = {"right": right, "asked": len(samples)}
-        print(f"| {title} | {right} | {len(samples)} | {100 * right / len(samples):.1f} % |",
-              flush=True)
+        print(
+            f"| {title} | {right} | {len(samples)} | {100 * right / len(samples):.1f} % |",
+            flush=True,
+        )
         for turn, answer in wrong[: options.mistakes]:
             print(f"    {turn.question!r}: {turn.answer!r}, said {answer!r}")
     if options.json:

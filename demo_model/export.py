@@ -15,13 +15,19 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import FastVlmForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
-
 from model import (
-    IMAGE_SIZE, STRIDE, add_norms, add_projector_norm, build_config, build_model, encoder_of,
-    fold_norms, fold_projector_norm,
+    IMAGE_SIZE,
+    STRIDE,
+    add_norms,
+    add_projector_norm,
+    build_config,
+    build_model,
+    encoder_of,
+    fold_norms,
+    fold_projector_norm,
 )
 from tokenizer import VOCAB_SIZE, special_ids, train_tokenizer
+from transformers import FastVlmForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -49,18 +55,23 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def export(
-    model: FastVlmForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path,
+    model: FastVlmForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
     dtype: torch.dtype,
 ) -> None:
     """Write the folder. The model itself is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = special_ids(tokenizer)
     model.generation_config = GenerationConfig(
-        bos_token_id=ids["<|endoftext|>"], pad_token_id=ids["<|endoftext|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], do_sample=False,
+        bos_token_id=ids["<|endoftext|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+        do_sample=False,
     )
     state = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.detach()
+        .to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         .contiguous()
         for name, tensor in model.state_dict().items()
     }
@@ -79,11 +90,17 @@ def export(
     config["image_aspect_ratio"] = "pad"
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", preprocessor())
-    write_json(folder / "processor_config.json", {
-        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": STRIDE,
-        "num_additional_image_tokens": 0, "vision_feature_select_strategy": "full",
-        "image_processor": preprocessor(),
-    })
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "patch_size": STRIDE,
+            "num_additional_image_tokens": 0,
+            "vision_feature_select_strategy": "full",
+            "image_processor": preprocessor(),
+        },
+    )
 
 
 def load_checkpoint(path: Path | None) -> FastVlmForConditionalGeneration:
@@ -107,8 +124,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     options = parser.parse_args()
-    export(load_checkpoint(options.checkpoint), train_tokenizer(), options.folder,
-           DTYPES[options.dtype])
+    export(
+        load_checkpoint(options.checkpoint),
+        train_tokenizer(),
+        options.folder,
+        DTYPES[options.dtype],
+    )
     size = (options.folder / "model.safetensors").stat().st_size
     print(f"{options.folder}: {size / 1e6:.2f} MB of weights, {options.dtype}")
 

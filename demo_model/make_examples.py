@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
 from scenes import _FONT_ROOT, _shape_points
 from sprites import CLIPART_ROOT, EMOJI_FONT
 
@@ -92,7 +91,8 @@ def make(folder: Path) -> None:
 
     duck = _ground(rng, (600, 400), (250, 250, 250))
     _paste(duck, _clipart("animals/birds/rubber_duck_mo_01.png", 300), 0.5, 0.5) if (
-        CLIPART_ROOT / "animals/birds/rubber_duck_mo_01.png").exists() else None
+        CLIPART_ROOT / "animals/birds/rubber_duck_mo_01.png"
+    ).exists() else None
     duck.save(folder / "duck.jpg", quality=90)
 
 

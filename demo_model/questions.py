@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 import vocabulary
 from scenes import Item, Scene
 from vocabulary import article, plural
@@ -19,43 +18,97 @@ _ANIMALS = frozenset(list(vocabulary.OBJECTS)[: list(vocabulary.OBJECTS).index("
 _PICTURES = ("picture", "image", "photo")
 
 _NAME = (
-    "What is this?", "What is this?", "What's this?", "What is in this picture?",
-    "What's in this picture?", "What is in the image?", "What is in the picture?",
-    "What do you see?", "What can you see?", "What is shown here?", "What does the picture show?",
-    "What is this a picture of?", "Can you tell me what this is?", "What's in the image?",
-    "What am I looking at?", "What is it?",
+    "What is this?",
+    "What is this?",
+    "What's this?",
+    "What is in this picture?",
+    "What's in this picture?",
+    "What is in the image?",
+    "What is in the picture?",
+    "What do you see?",
+    "What can you see?",
+    "What is shown here?",
+    "What does the picture show?",
+    "What is this a picture of?",
+    "Can you tell me what this is?",
+    "What's in the image?",
+    "What am I looking at?",
+    "What is it?",
 )
 _ONE_NAME = ("What object is this?", "Name the object.", "Which object is this?")
 _ANIMAL = ("What animal is this?", "Which animal is this?", "What kind of animal is it?")
 _SHAPE = ("What shape is this?", "Which shape is this?", "What shape is it?")
 _DESCRIBE = (
-    "Describe this picture.", "Describe the picture.", "Describe the image.",
-    "Describe this image.", "Can you describe this picture?", "Describe what you see.",
-    "Please describe the picture.", "Tell me about this picture.", "Describe this photo.",
+    "Describe this picture.",
+    "Describe the picture.",
+    "Describe the image.",
+    "Describe this image.",
+    "Can you describe this picture?",
+    "Describe what you see.",
+    "Please describe the picture.",
+    "Tell me about this picture.",
+    "Describe this photo.",
     "Give me a description.",
 )
 _READ = (
-    "Read the text.", "What does it say?", "What does the text say?", "What is written here?",
-    "Read the word.", "What word is this?", "What is the text?", "Read this.", "What's written?",
-    "What does the sign say?", "What text is in the picture?", "Which word is written here?",
-    "Can you read the text?", "What does this say?",
+    "Read the text.",
+    "What does it say?",
+    "What does the text say?",
+    "What is written here?",
+    "Read the word.",
+    "What word is this?",
+    "What is the text?",
+    "Read this.",
+    "What's written?",
+    "What does the sign say?",
+    "What text is in the picture?",
+    "Which word is written here?",
+    "Can you read the text?",
+    "What does this say?",
 )
 _CHAT = (
-    (("Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Good morning.", "Hey"),
-     "Hello! Show me a picture and ask me about it."),
-    (("What can you do?", "How can you help me?", "What are you able to do?", "Help"),
-     "I can name things in a picture, count them, tell colours and places, and read short words."),
-    (("Who are you?", "What are you?", "What is your name?", "What model are you?"),
-     "I am a small FastVLM demo model."),
+    (
+        ("Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Good morning.", "Hey"),
+        "Hello! Show me a picture and ask me about it.",
+    ),
+    (
+        ("What can you do?", "How can you help me?", "What are you able to do?", "Help"),
+        "I can name things in a picture, count them, tell colours and places, "
+        "and read short words.",
+    ),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "What model are you?"),
+        "I am a small FastVLM demo model.",
+    ),
     (("Thank you.", "Thanks", "Thanks!", "Thank you!"), "You are welcome."),
     (("Goodbye.", "Bye", "Bye!", "See you."), "Goodbye!"),
     (("How are you?", "How are you today?", "How do you do?"), "I am well, thank you."),
-    (("What is this?", "What do you see?", "What colour is it?", "Describe this picture.",
-      "Read the text.", "How many cats are there?", "Is there a dog?", "Where is the cat?"),
-     "I do not see a picture."),
-    (("Write a poem.", "Tell me a story.", "What is the capital of France?", "Who won?",
-      "What is the weather like?", "Write some code.", "Tell me a joke.", "What is two plus two?"),
-     "I can only answer questions about pictures."),
+    (
+        (
+            "What is this?",
+            "What do you see?",
+            "What colour is it?",
+            "Describe this picture.",
+            "Read the text.",
+            "How many cats are there?",
+            "Is there a dog?",
+            "Where is the cat?",
+        ),
+        "I do not see a picture.",
+    ),
+    (
+        (
+            "Write a poem.",
+            "Tell me a story.",
+            "What is the capital of France?",
+            "Who won?",
+            "What is the weather like?",
+            "Write some code.",
+            "Tell me a joke.",
+            "What is two plus two?",
+        ),
+        "I can only answer questions about pictures.",
+    ),
 )
 
 
@@ -83,7 +136,7 @@ def _noun(item: Item, number: int = 1) -> str:
 
 
 def _phrase(group: list[Item]) -> str:
-    """"a cat", "three cats", "two red circles"."""
+    """ "a cat", "three cats", "two red circles"."""
     if len(group) == 1:
         return article(_noun(group[0]))
     return f"{vocabulary.NUMBERS[len(group)]} {_noun(group[0], len(group))}"
@@ -132,8 +185,11 @@ def _colour(rng: np.random.Generator, scene: Scene) -> Turn | None:
             continue
         name = _asked(rng, item.name)
         if len(group) == 1 and name not in vocabulary.PLURAL_ONLY:
-            forms = [f"What {word} is the {name}?", f"Which {word} is the {name}?",
-                     f"What is the {word} of the {name}?"]
+            forms = [
+                f"What {word} is the {name}?",
+                f"Which {word} is the {name}?",
+                f"What is the {word} of the {name}?",
+            ]
             if len(groups) == 1:
                 forms.append(f"What {word} is it?")
         else:
@@ -142,13 +198,19 @@ def _colour(rng: np.random.Generator, scene: Scene) -> Turn | None:
                 forms.append(f"What {word} are they?")
         options += [(_pick(rng, forms), item.colour)] * (3 if item.is_shape else 2)
     ground = scene.background or "mixed"
-    forms = [f"What {word} is the background?", f"Which {word} is the background?",
-             f"What is the background {word}?"]
+    forms = [
+        f"What {word} is the background?",
+        f"Which {word} is the background?",
+        f"What is the background {word}?",
+    ]
     options.append((_pick(rng, forms), ground))
     if scene.text_colour:
         noun = "number" if scene.text.isdigit() else "word"
-        forms = [f"What {word} is the text?", f"What {word} is the {noun}?",
-                 f"What {word} is the writing?"]
+        forms = [
+            f"What {word} is the text?",
+            f"What {word} is the {noun}?",
+            f"What {word} is the writing?",
+        ]
         options += [(_pick(rng, forms), scene.text_colour)] * 2
     question, colour = options[int(rng.integers(len(options)))]
     return Turn("colour", question, _sentence(colour))
@@ -156,9 +218,14 @@ def _colour(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 def _count_question(rng: np.random.Generator, nouns: str) -> str:
     place = _pick(rng, ("", "", " in the picture", " in this picture", " here"))
-    forms = [f"How many {nouns} are there{place}?", f"How many {nouns} are there{place}?",
-             f"How many {nouns} do you see?", f"Count the {nouns}.", f"How many {nouns}?",
-             f"How many {nouns} can you see?"]
+    forms = [
+        f"How many {nouns} are there{place}?",
+        f"How many {nouns} are there{place}?",
+        f"How many {nouns} do you see?",
+        f"Count the {nouns}.",
+        f"How many {nouns}?",
+        f"How many {nouns} can you see?",
+    ]
     return _pick(rng, forms)
 
 
@@ -173,9 +240,7 @@ def _count(rng: np.random.Generator, scene: Scene) -> Turn:
         name = f"{group[0].colour} {name}"
     if len(groups) == 1 and rng.random() < 0.1:
         name = "things" if not group[0].is_shape else "shapes"
-    return Turn(
-        "count", _count_question(rng, name), _sentence(vocabulary.NUMBERS[len(group)])
-    )
+    return Turn("count", _count_question(rng, name), _sentence(vocabulary.NUMBERS[len(group)]))
 
 
 def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -189,16 +254,24 @@ def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
     name, place = options[int(rng.integers(len(options)))]
     be, pronoun = ("are", "They are") if name in vocabulary.PLURAL_ONLY else ("is", "It is")
     end = _pick(rng, ("", "", " in the picture"))
-    forms = [f"Where {be} the {name}{end}?", f"Where {be} the {name}?",
-             f"In which part of the picture {be} the {name}?"]
+    forms = [
+        f"Where {be} the {name}{end}?",
+        f"Where {be} the {name}?",
+        f"In which part of the picture {be} the {name}?",
+    ]
     return Turn("where", _pick(rng, forms), f"{pronoun} {place}.")
 
 
 def _read(rng: np.random.Generator, scene: Scene) -> Turn:
     options = list(_READ)
     if scene.text and scene.text.isdigit() and rng.random() < 0.5:
-        options = ["What number is this?", "Which number is this?", "Read the number.",
-                   "What is the number?", "What number is written here?"]
+        options = [
+            "What number is this?",
+            "Which number is this?",
+            "Read the number.",
+            "What is the number?",
+            "What number is written here?",
+        ]
     return Turn("read", _pick(rng, options), scene.text or "There is no text.")
 
 
@@ -220,8 +293,16 @@ def _yesno(rng: np.random.Generator, scene: Scene) -> Turn:
     answer = "Yes." if yes else "No."
     if style < 0.12:
         return Turn(
-            "yesno", _pick(rng, ("Is there any text?", "Is there a word in the picture?",
-                                 "Is there any writing?", "Can you see any text?")),
+            "yesno",
+            _pick(
+                rng,
+                (
+                    "Is there any text?",
+                    "Is there a word in the picture?",
+                    "Is there any writing?",
+                    "Can you see any text?",
+                ),
+            ),
             "Yes." if scene.text else "No.",
         )
     if style < 0.22 and scene.background:
@@ -238,8 +319,14 @@ def _yesno(rng: np.random.Generator, scene: Scene) -> Turn:
     one = article(name)
     be = "Are there" if name in vocabulary.PLURAL_ONLY else "Is there"
     picture = _pick(rng, _PICTURES)
-    forms = [f"{be} {one}?", f"{be} {one} in the {picture}?", f"{be} {one} in this {picture}?",
-             f"Do you see {one}?", f"Can you see {one}?", f"Are there any {plural(name)}?"]
+    forms = [
+        f"{be} {one}?",
+        f"{be} {one} in the {picture}?",
+        f"{be} {one} in this {picture}?",
+        f"Do you see {one}?",
+        f"Can you see {one}?",
+        f"Are there any {plural(name)}?",
+    ]
     if len(scene.items) == 1 and name not in vocabulary.PLURAL_ONLY:
         forms += [f"Is this {one}?", f"Is it {one}?"]
     return Turn("yesno", _pick(rng, forms), answer)
@@ -254,8 +341,11 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
     if len(groups) != 2 or len(scene.items) != 2:
         return None
     first, second = scene.items
-    options = [(f"What is next to the {a.name}?", b) for a, b in
-               ((first, second), (second, first)) if a.name not in vocabulary.PLURAL_ONLY]
+    options = [
+        (f"What is next to the {a.name}?", b)
+        for a, b in ((first, second), (second, first))
+        if a.name not in vocabulary.PLURAL_ONLY
+    ]
     if abs(first.x - second.x) >= abs(first.y - second.y) + 0.08:
         options += [("What is on the left?", first), ("What is on the right?", second)] * 2
     elif abs(first.y - second.y) >= abs(first.x - second.x) + 0.08:
@@ -275,8 +365,14 @@ def _describe(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 _MAKERS = {
-    "name": _name, "colour": _colour, "count": _count, "where": _where, "read": _read,
-    "yesno": _yesno, "relation": _relation, "describe": _describe,
+    "name": _name,
+    "colour": _colour,
+    "count": _count,
+    "where": _where,
+    "read": _read,
+    "yesno": _yesno,
+    "relation": _relation,
+    "describe": _describe,
 }
 
 
@@ -320,8 +416,9 @@ def conversation(
         if len(turns) == wanted:
             break
     if rng.random() < 0.02:
-        turns.append(Turn("chat", _pick(rng, ("Thanks!", "Thank you.", "Thanks")),
-                          "You are welcome."))
+        turns.append(
+            Turn("chat", _pick(rng, ("Thanks!", "Thank you.", "Thanks")), "You are welcome.")
+        )
     return turns
 
 
@@ -339,6 +436,9 @@ def two_pictures(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
     picture = _pick(rng, ("picture", "image"))
     if scene.text and rng.random() < 0.3:
         return Turn("pair", f"What does the {word} {picture} say?", scene.text)
-    forms = (f"What is in the {word} {picture}?", f"What does the {word} {picture} show?",
-             f"What is the {word} {picture}?")
+    forms = (
+        f"What is in the {word} {picture}?",
+        f"What does the {word} {picture} show?",
+        f"What is the {word} {picture}?",
+    )
     return Turn("pair", restyle(rng, _pick(rng, forms)), what_is_it(scene))

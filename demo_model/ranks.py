@@ -12,8 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-from torch import distributed
-from torch import nn
+from torch import distributed, nn
 
 
 def run(function: Callable[..., None], ranks: int, *arguments: object) -> None:
@@ -33,7 +32,10 @@ def _start(
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=ranks,
         timeout=timedelta(minutes=30),
     )
     try:

@@ -13,16 +13,18 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
 import vocabulary
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sprites import Sprite
 
 WORD_LIST = Path("/usr/share/dict/american-english")  # Debian package wamerican
 _FONT_ROOT = Path("/usr/share/fonts/truetype")
 FONTS: tuple[str, ...] = (
-    "dejavu/DejaVuSans-Bold.ttf", "dejavu/DejaVuSans.ttf", "dejavu/DejaVuSansCondensed-Bold.ttf",
-    "liberation/LiberationSans-Bold.ttf", "liberation/LiberationSans-Regular.ttf",
+    "dejavu/DejaVuSans-Bold.ttf",
+    "dejavu/DejaVuSans.ttf",
+    "dejavu/DejaVuSansCondensed-Bold.ttf",
+    "liberation/LiberationSans-Bold.ttf",
+    "liberation/LiberationSans-Regular.ttf",
     "freefont/FreeSansBold.ttf",
 )
 _NARROW = ("dejavu/DejaVuSansCondensed-Bold.ttf", "liberation/LiberationSansNarrow-Bold.ttf")
@@ -81,7 +83,10 @@ class SceneMaker:
     """
 
     def __init__(
-        self, sprites: list[Sprite], size: int = 256, held_out: bool = False,
+        self,
+        sprites: list[Sprite],
+        size: int = 256,
+        held_out: bool = False,
         held_out_words: bool | None = None,
     ) -> None:
         self.size = size
@@ -103,9 +108,11 @@ class SceneMaker:
         `kind` is one of object, shape, count, pair, word; by default drawn at random.
         """
         if kind is None:
-            kind = str(rng.choice(
-                ["object", "shape", "count", "pair", "word"], p=[0.32, 0.12, 0.22, 0.14, 0.20]
-            ))
+            kind = str(
+                rng.choice(
+                    ["object", "shape", "count", "pair", "word"], p=[0.32, 0.12, 0.22, 0.14, 0.20]
+                )
+            )
         scene = Scene()
         image, avoid = self._background(rng, scene)
         area = (0.0, 0.0, 1.0, 1.0)
@@ -164,10 +171,15 @@ class SceneMaker:
     # -- things ------------------------------------------------------------------------------
 
     def _place(
-        self, image: Image.Image, rng: np.random.Generator, scene: Scene, kind: str,
-        area: tuple[float, float, float, float], avoid: list[tuple[int, int, int]],
+        self,
+        image: Image.Image,
+        rng: np.random.Generator,
+        scene: Scene,
+        kind: str,
+        area: tuple[float, float, float, float],
+        avoid: list[tuple[int, int, int]],
     ) -> None:
-        x0, y0, x1, y1 = area
+        _, y0, _, y1 = area
         height = y1 - y0
         if kind in ("object", "shape"):
             if rng.random() < self.large_share:  # large, near the middle of its area
@@ -205,8 +217,13 @@ class SceneMaker:
         self._add(image, rng, scene, rng.random() < 0.5, [(x, y, size) for x, y in spots], avoid)
 
     def _add(
-        self, image: Image.Image, rng: np.random.Generator, scene: Scene, is_shape: bool,
-        spots: list[tuple[float, float, float]], avoid: list[tuple[int, int, int]],
+        self,
+        image: Image.Image,
+        rng: np.random.Generator,
+        scene: Scene,
+        is_shape: bool,
+        spots: list[tuple[float, float, float]],
+        avoid: list[tuple[int, int, int]],
     ) -> None:
         """Draw the same thing once at each spot (x, y, size)."""
         taken = {item.name for item in scene.items}
@@ -245,7 +262,8 @@ class SceneMaker:
                     bands = [b.point(lambda v: min(255, int(v * gain))) for b in (red, green, blue)]
                     layer = Image.merge("RGBA", (*bands, alpha))
             corner = (
-                round(x * self.size - layer.width / 2), round(y * self.size - layer.height / 2)
+                round(x * self.size - layer.width / 2),
+                round(y * self.size - layer.height / 2),
             )
             image.paste(layer, corner, layer)
             scene.items.append(Item(name, is_shape, colour, x, y, size))
@@ -264,8 +282,12 @@ class SceneMaker:
         return self.words[int(rng.integers(len(self.words)))]
 
     def _write(
-        self, image: Image.Image, rng: np.random.Generator, scene: Scene,
-        area: tuple[float, float, float, float], avoid: list[tuple[int, int, int]],
+        self,
+        image: Image.Image,
+        rng: np.random.Generator,
+        scene: Scene,
+        area: tuple[float, float, float, float],
+        avoid: list[tuple[int, int, int]],
         text: str | None = None,
     ) -> None:
         x0, y0, x1, y1 = (v * self.size for v in area)
@@ -309,12 +331,14 @@ class SceneMaker:
         for i, letter in enumerate(text):
             width = font.getlength(letter)
             along = 2 - left + font.getlength(text[:i]) + width / 2 - centre[0]
-            scene.letters.append(Letter(
-                letter,
-                (px + mask.width / 2 + along * math.cos(turn)) / self.size,
-                (py + mask.height / 2 - along * math.sin(turn)) / self.size,
-                width / self.size,
-            ))
+            scene.letters.append(
+                Letter(
+                    letter,
+                    (px + mask.width / 2 + along * math.cos(turn)) / self.size,
+                    (py + mask.height / 2 - along * math.sin(turn)) / self.size,
+                    width / self.size,
+                )
+            )
 
     # -- camera ------------------------------------------------------------------------------
 
@@ -342,7 +366,11 @@ class Mosaics:
     """
 
     def __init__(
-        self, sprites: list[Sprite], side: int, parts: int, rng: np.random.Generator,
+        self,
+        sprites: list[Sprite],
+        side: int,
+        parts: int,
+        rng: np.random.Generator,
         pool: int = 2500,
     ) -> None:
         self.side, self.parts = side, parts
@@ -469,8 +497,20 @@ def _shape_points(name: str) -> list[tuple[float, float]]:
         return [(0, -1), (0.68, 0), (0, 1), (-0.68, 0)]
     if name == "cross":
         a, b = 0.3, 0.92
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     if name == "star":
         outer, inner = _polygon(5), _polygon(5, -54.0)
         return [p for o, i in zip(outer, inner, strict=True) for p in (o, (i[0] * 0.4, i[1] * 0.4))]
@@ -491,9 +531,7 @@ def _draw_shape(
     layer = Image.new("RGBA", (big, big), (*rgb, 0))
     turn = math.radians(tilt)
     cos, sin = math.cos(turn) * side * 0.97, math.sin(turn) * side * 0.97
-    points = [
-        (side + x * cos - y * sin, side + x * sin + y * cos) for x, y in _shape_points(name)
-    ]
+    points = [(side + x * cos - y * sin, side + x * sin + y * cos) for x, y in _shape_points(name)]
     draw = ImageDraw.Draw(layer)
     draw.polygon(points, fill=(*rgb, 255))
     if rng.random() < 0.2:

@@ -1,4 +1,4 @@
-"""Pictures of the nouns: Noto colour emoji and curated clip art, as one cached file of RGBA sprites.
+"""Pictures of the nouns: Noto colour emoji and curated clip art, as one file of RGBA sprites.
 
 Sources (Debian packages): fonts-noto-color-emoji and openclipart-png. `clipart.tsv` lists which
 drawing shows which noun and which drawings are held out of training altogether.
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
 import vocabulary
+from PIL import Image, ImageDraw, ImageFont
 
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLIPART_ROOT = Path("/usr/share/openclipart/png")

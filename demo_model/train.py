@@ -18,20 +18,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from conversations import IGNORE, RowMaker
 from model import (
-    IMAGE_SIZE, STRIDE, add_norms, add_projector_norm, build_config, build_model, encoder_of,
+    IMAGE_SIZE,
+    STRIDE,
+    add_norms,
+    add_projector_norm,
+    build_config,
+    build_model,
+    encoder_of,
     parameter_groups,
 )
 from ranks import average_gradients, run
 from scenes import SceneMaker
 from sprites import load_sprites
 from tokenizer import VOCAB_SIZE, special_ids, train_tokenizer
+from torch import nn
+from torch.nn import functional as F
 from train_vision import (
-    Heads, Targets, Tile, accuracies, forward_maps, losses, save, to_pixels,
+    Heads,
+    Targets,
+    Tile,
+    accuracies,
+    forward_maps,
+    losses,
+    save,
+    to_pixels,
 )
 
 _SAVE_EVERY = 200
@@ -82,11 +94,13 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
     encoder.to(memory_format=torch.channels_last)
     heads.to(device)
     groups = []
-    for part, scale in ((encoder, options.encoder_rate), (heads, 1.0),
-                        (model.model.multi_modal_projector, 1.0), (model.model.language_model, 1.0)):
-        groups += [
-            {**group, "scale": scale} for group in parameter_groups(part, 0.03)
-        ]
+    for part, scale in (
+        (encoder, options.encoder_rate),
+        (heads, 1.0),
+        (model.model.multi_modal_projector, 1.0),
+        (model.model.language_model, 1.0),
+    ):
+        groups += [{**group, "scale": scale} for group in parameter_groups(part, 0.03)]
     parameters = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), fused=True)
     average = {name: value.clone() for name, value in model.state_dict().items()}
@@ -139,14 +153,23 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
             speed = _REPORT_EVERY * options.batch / (time.time() - started)
             scores = " ".join(f"{n} {100 * r / max(1, a):.0f}" for n, (r, a) in tally.items())
             answer, both, right = (value / _REPORT_EVERY for value in sums[:3])
-            print(f"{step} answers {answer:.4f} all {both:.3f} tokens {100 * right:.1f}% "
-                  f"{speed:.0f}/s | {scores}", flush=True)
+            print(
+                f"{step} answers {answer:.4f} all {both:.3f} tokens {100 * right:.1f}% "
+                f"{speed:.0f}/s | {scores}",
+                flush=True,
+            )
             started, sums, tally = time.time(), [0.0, 0.0, 0.0, 0.0], {}
         if rank == 0 and (step % _SAVE_EVERY == 0 or step == options.steps):
-            save(checkpoint, {
-                "model": model.state_dict(), "heads": heads.state_dict(), "average": average,
-                "optimiser": optimiser.state_dict(), "step": step,
-            })
+            save(
+                checkpoint,
+                {
+                    "model": model.state_dict(),
+                    "heads": heads.state_dict(),
+                    "average": average,
+                    "optimiser": optimiser.state_dict(),
+                    "step": step,
+                },
+            )
 
 
 def main() -> None:

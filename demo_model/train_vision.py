@@ -21,17 +21,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 import vocabulary
 from model import (
-    EMBED_DIMS, FEATURES, add_norms, build_config, build_model, encoder_of, parameter_groups,
+    EMBED_DIMS,
+    FEATURES,
+    add_norms,
+    build_config,
+    build_model,
+    encoder_of,
+    parameter_groups,
 )
 from questions import place_of
 from ranks import average_gradients, run
 from scenes import LETTERS, Mosaics, Scene, SceneMaker
 from sprites import load_sprites
+from torch import nn
+from torch.nn import functional as F
 
 SLOTS = 6
 TILE = 64  # pixels of a mosaic's tiles
@@ -42,8 +47,13 @@ IGNORE = -100
 # target -> number of classes
 TARGETS: dict[str, int] = {
     **{f"letter{i}": len(LETTERS) + 1 for i in range(SLOTS)},
-    "thing1": len(THINGS) + 1, "thing2": len(THINGS) + 1, "count": 6, "place": 9,
-    "colour": len(COLOURS), "background": len(COLOURS) + 1, "text_colour": len(COLOURS),
+    "thing1": len(THINGS) + 1,
+    "thing2": len(THINGS) + 1,
+    "count": 6,
+    "place": 9,
+    "colour": len(COLOURS),
+    "background": len(COLOURS) + 1,
+    "text_colour": len(COLOURS),
 }
 
 
@@ -66,8 +76,12 @@ def targets_of(scene: Scene) -> list[int]:
 
 
 def batches(
-    maker: SceneMaker, mosaics: Mosaics, rng: np.random.Generator, batch: int,
-    first: int, plain: int,
+    maker: SceneMaker,
+    mosaics: Mosaics,
+    rng: np.random.Generator,
+    batch: int,
+    first: int,
+    plain: int,
 ) -> Iterator[tuple[torch.Tensor, list[list[Tile]]]]:
     """Endless pictures uint8 (B, s, s, 3) with their facts, beginning with batch `first`.
 
@@ -145,9 +159,9 @@ class Targets:
                     reach = 0.33 * letter.width * scale
                     _fill(letters[i], x, y, reach, LETTERS.index(letter.letter) + 1)
                     _fill(colours[i], x, y, reach, COLOURS.index(scene.text_colour))
-        return Targets(*(
-            torch.from_numpy(a).to(device) for a in (answers, letters, things, colours)
-        ))
+        return Targets(
+            *(torch.from_numpy(a).to(device) for a in (answers, letters, things, colours))
+        )
 
 
 def _fill(grid: np.ndarray, x: float, y: float, reach: float, value: int) -> None:
@@ -186,7 +200,9 @@ class Heads(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
         self.after = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.outputs = nn.ModuleList(nn.Linear(width, n) for n in TARGETS.values())
 
     def forward(
@@ -201,8 +217,10 @@ class Heads(nn.Module):
         maps = [
             F.pixel_shuffle(layer(x).permute(0, 3, 1, 2), scale)
             for layer, x, scale in (
-                (self.final_letters, normed, 4), (self.middle_letters, between, 2),
-                (self.final_things, normed, 2), (self.final_colours, normed, 2),
+                (self.final_letters, normed, 4),
+                (self.middle_letters, between, 2),
+                (self.final_things, normed, 2),
+                (self.final_colours, normed, 2),
             )
         ]
         places = F.interpolate(self.places, final.shape[2:], mode="bilinear", align_corners=True)
@@ -223,9 +241,7 @@ def forward_maps(encoder: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor
     return x, encoder.final_conv(encoder.stages[4](x))
 
 
-def losses(
-    answers: list[torch.Tensor], maps: list[torch.Tensor], targets: Targets
-) -> torch.Tensor:
+def losses(answers: list[torch.Tensor], maps: list[torch.Tensor], targets: Targets) -> torch.Tensor:
     """Weighted sum of the cross entropies; letters count for as much as they are hard."""
     total = torch.zeros((), device=targets.answers.device)
     for i, name in enumerate(TARGETS):
@@ -234,8 +250,12 @@ def losses(
             continue
         weight = 0.6 if name.startswith("letter") else 0.3 if "colour" in name else 0.5
         total = total + weight * F.cross_entropy(answers[i], column, ignore_index=IGNORE)
-    for scores, grid in ((maps[0], targets.letters), (maps[1], targets.letters),
-                         (maps[2], targets.things), (maps[4], targets.things)):
+    for scores, grid in (
+        (maps[0], targets.letters),
+        (maps[1], targets.letters),
+        (maps[2], targets.things),
+        (maps[4], targets.things),
+    ):
         weight = torch.ones(scores.shape[1], device=scores.device)
         weight[0] = 0.1
         total = total + F.cross_entropy(scores, grid, weight)
@@ -254,9 +274,11 @@ def accuracies(
     right = guesses == targets
     has_text = targets[:, 0] > 0
     result = {"read": [int(right[has_text, :SLOTS].all(1).sum()), int(has_text.sum())]}
-    for name, scores, grid in (("letter16", maps[0], grids.letters),
-                               ("letter32", maps[1], grids.letters),
-                               ("thing32", maps[2], grids.things)):
+    for name, scores, grid in (
+        ("letter16", maps[0], grids.letters),
+        ("letter32", maps[1], grids.letters),
+        ("thing32", maps[2], grids.things),
+    ):
         there = grid > 0
         result[name] = [int((scores.argmax(1) == grid)[there].sum()), int(there.sum())]
     there = grids.colours != IGNORE
@@ -300,7 +322,9 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
     heads = Heads().to(device)
     both = nn.ModuleList([encoder, heads])
     parameters = list(both.parameters())
-    optimiser = torch.optim.AdamW(parameter_groups(both, 0.03), lr=options.rate, betas=(0.9, 0.98), fused=True)
+    optimiser = torch.optim.AdamW(
+        parameter_groups(both, 0.03), lr=options.rate, betas=(0.9, 0.98), fused=True
+    )
     step = 0
     if options.resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
@@ -341,10 +365,15 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
             print(f"{step} loss {loss_sum / every:.3f} {speed:.0f}/s {scores}", flush=True)
             tally, started, loss_sum = {}, time.time(), 0.0
         if rank == 0 and (step % 250 == 0 or step == options.steps):
-            save(checkpoint, {
-                "both": both.state_dict(), "encoder": encoder.state_dict(),
-                "optimiser": optimiser.state_dict(), "step": step,
-            })
+            save(
+                checkpoint,
+                {
+                    "both": both.state_dict(),
+                    "encoder": encoder.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "step": step,
+                },
+            )
 
 
 def main() -> None:

@@ -59,6 +59,15 @@ class VisionConfig:
         }
         if len(lengths) != 1:
             raise ConfigError("vision_config: every per-stage list must have one entry per stage")
+        for what, values, most in (
+            ("a depth", self.depths, 1_000),
+            ("a width", self.embed_dims, 1 << 16),
+            ("an MLP ratio", self.mlp_ratios, 64),
+            ("image_size", (self.image_size,), 1 << 14),
+        ):
+            for value in values:
+                if not 1 <= value <= most:
+                    raise ConfigError(f"vision_config: {what} of {value} is out of range")
         unknown = set(self.token_mixers) - {"repmixer", "attention"}
         if unknown:
             raise ConfigError(f"vision_config: unknown token mixer {sorted(unknown)[0]!r}")
@@ -67,7 +76,7 @@ class VisionConfig:
         for narrow, wide, down in zip(
             self.embed_dims, self.embed_dims[1:], self.downsamples[1:], strict=False
         ):
-            if (wide % narrow if down else wide != narrow):
+            if wide % narrow if down else wide != narrow:
                 raise ConfigError(
                     f"vision_config: no way from a stage of width {narrow} to one of {wide}"
                 )
@@ -161,10 +170,10 @@ class ProjectorConfig:
         if self.kind == "linear":
             return 1
         match = re.fullmatch(r"mlp(\d+)x_gelu", self.kind)
-        if not match or int(match[1]) < 1:
+        if not match or not 1 <= int(match[1]) <= 16:
             raise ConfigError(
                 f"mm_projector_type {self.kind!r} is unknown; "
-                "expected linear, identity or mlpNx_gelu"
+                "expected linear, identity or mlpNx_gelu with N from 1 to 16"
             )
         return int(match[1])
 
@@ -242,6 +251,16 @@ _TEXT_TYPES = {
     "llava_llama": "llama",
     "llava_mistral": "mistral",
     "llava": "llama",
+}
+
+# Sizes that every language model states. Beyond these, building the model alone would never end.
+_TEXT_LIMITS = {
+    "hidden_size": 1 << 17,
+    "num_hidden_layers": 1_000,
+    "vocab_size": 1 << 24,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
 }
 
 # What belongs to the picture's side of a flat LLaVA configuration, not to the language model.
@@ -352,9 +371,15 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text_type = nested.get("model_type") or _TEXT_TYPES.get(str(config.get("model_type")), "qwen2")
     # mlx-vlm copies the outer model type into the text configuration.
     text["model_type"] = _TEXT_TYPES.get(text_type, text_type)
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        if not isinstance(text.get(name), int) or text[name] < 1:
-            raise ConfigError(f"the language model's {name} is missing or not a positive number")
+    text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
+    for name, most in _TEXT_LIMITS.items():
+        value = text.get(name)
+        if value is None:
+            raise ConfigError(f"the language model's {name} is missing")
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(f"the language model's {name} is {value!r}, not from 1 to {most}")
+    if text["num_attention_heads"] % text["num_key_value_heads"]:
+        raise ConfigError("num_key_value_heads does not divide num_attention_heads")
     tied = nested.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if tied is not None:
         text["tie_word_embeddings"] = bool(tied)
@@ -364,7 +389,6 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if rope.get("rope_type", "default") == "default":
             text.pop("rope_parameters")
     text.setdefault("rms_norm_eps", 1e-6)
-    text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
     return {k: v for k, v in text.items() if v is not None}
 
 

@@ -2,7 +2,7 @@
 
 
 class FastVLMError(Exception):
-    """Base of every error this package raises on purpose. `exit_code` is what the command returns."""
+    """Base of every error raised on purpose. `exit_code` is what the command returns."""
 
     exit_code = 1
 

@@ -106,7 +106,7 @@ def _refuse_parts(folder: Path) -> None:
             if all(p.stem in _TRAINING_OUTPUT for p in weights):
                 raise CheckpointError(
                     f"{folder} is {what}, not a whole model; join it with its base: "
-                    f"fastvlm-mlx convert {folder} --base MODEL -o FOLDER"
+                    f"fastvlm-mlx convert {folder} TARGET --base MODEL"
                 )
 
 

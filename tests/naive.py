@@ -1,6 +1,6 @@
 """The encoder as its papers draw it, in plain NumPy, slow and unfolded: what ours is held against.
 
-Channels first, one picture, float64: (c, h, w). `t` are tensors by the names of Apple's code without
+Channels first, one picture, float64: (c, h, w). `t`: tensors by the names of Apple's code without
 their prefix. A block with `reparam_conv` is computed as released, one without as in training.
 Sources: arXiv 2206.04040 figure 2 (MobileOne), 2203.06717 figure 2 (RepLKNet), 2303.14189 section
 3 (RepMixer, ConvFFN, RepCPE), 2412.13303 section 3.2 (FastViTHD).
@@ -99,9 +99,11 @@ def convffn(x: Array, t: Tensors, name: str) -> Array:
 def attention(x: Array, t: Tensors, name: str, head_dim: int = 32) -> Array:
     dim, height, width = x.shape
     tokens = x.reshape(dim, -1).T
-    q, k, v = (tokens @ t[f"{name}.qkv.weight"].T.astype(np.float64)).reshape(
-        len(tokens), 3, -1, head_dim
-    ).transpose(1, 2, 0, 3)
+    q, k, v = (
+        (tokens @ t[f"{name}.qkv.weight"].T.astype(np.float64))
+        .reshape(len(tokens), 3, -1, head_dim)
+        .transpose(1, 2, 0, 3)
+    )
     scores = q @ k.transpose(0, 2, 1) / math.sqrt(head_dim)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)

@@ -180,7 +180,7 @@ def test_to_dict_is_json() -> None:
     assert "raw" not in made
 
 
-# Errors ---------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "llava-qwen2"}, "Bunny"),
@@ -262,7 +262,7 @@ def test_missing(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-# More than one file ---------------------------------------------------------------------------------
+# More than one file -------------------------------------------------------------------------------
 
 
 def test_ends_are_united(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "on_gpu", lambda: True)
 
 
-# Layouts --------------------------------------------------------------------------------------------
+# Layouts ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -124,14 +124,16 @@ def test_projectors(tmp_path: Path, kind: str) -> None:
         assert np.allclose(np.array(found), features.reshape(6, -1) @ weight.T + bias, atol=1e-3)
 
 
-# Precision ------------------------------------------------------------------------------------------
+# Precision ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["llava", "mlx"])
 @pytest.mark.parametrize("stored", ["float16", "float32"])
 def test_auto_on_a_cpu_is_float32(tmp_path: Path, layout: str, stored: str) -> None:
     made = tiny.llava()
-    tensors = {n: t.astype(stored) for n, t in (tiny.as_mlx(made) if layout == "mlx" else made).items()}
+    tensors = {
+        n: t.astype(stored) for n, t in (tiny.as_mlx(made) if layout == "mlx" else made).items()
+    }
     model, _ = load_folder(tiny.write(tmp_path, layout, tensors=tensors))
     assert dtypes(model) == {mx.float32}
     assert model.loaded_from.dtype == "float32"
@@ -168,7 +170,7 @@ def test_an_unknown_dtype(tmp_path: Path) -> None:
         load_folder(tmp_path, "float64")  # type: ignore[arg-type]
 
 
-# Quantised ------------------------------------------------------------------------------------------
+# Quantised ----------------------------------------------------------------------------------------
 
 
 def write_quantised(
@@ -178,15 +180,16 @@ def write_quantised(
     tiny.write(folder, "mlx")
     model, _ = load_folder(folder)
     nn.quantize(
-        model, **settings, mode=mode, class_predicate=lambda path, m: (
+        model,
+        **settings,
+        mode=mode,
+        class_predicate=lambda path, m: (
             hasattr(m, "to_quantized") and model.quant_predicate(path, m)
-        )
+        ),
     )
     tensors = load_file(folder / "model.safetensors")
     kept = {n: mx.array(t) for n, t in tensors.items() if not n.startswith("language_model.")}
-    packed = {
-        n: t for n, t in tree_flatten(model.parameters()) if n.startswith("language_model.")
-    }
+    packed = {n: t for n, t in tree_flatten(model.parameters()) if n.startswith("language_model.")}
     mx.save_safetensors(str(folder / "model.safetensors"), kept | packed)
     if said:
         config = json.loads((folder / "config.json").read_text())
@@ -263,7 +266,7 @@ def test_a_quantised_projector(tmp_path: Path, expected: Array) -> None:
     assert np.abs(logits(model) - expected).max() < 0.5
 
 
-# Repairs --------------------------------------------------------------------------------------------
+# Repairs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("said", [True, False, None])
@@ -316,10 +319,12 @@ def test_a_wrong_image_token(tmp_path: Path) -> None:
     config = {"image_token_index": 7}
     model, _ = load_folder(tiny.write(tmp_path, "transformers", config=config))
     assert model.config.image_token_id == tiny.IM_END + 1
-    assert model.loaded_from.repairs == [f"image token: config says 7, the tokenizer {tiny.IM_END + 1}"]
+    assert model.loaded_from.repairs == [
+        f"image token: config says 7, the tokenizer {tiny.IM_END + 1}"
+    ]
 
 
-# Ends -----------------------------------------------------------------------------------------------
+# Ends ---------------------------------------------------------------------------------------------
 
 
 def ends(folder: Path) -> set[int]:
@@ -341,7 +346,7 @@ def test_im_end_ends_even_where_nobody_says_so(tmp_path: Path) -> None:
     assert ends(folder) == {tiny.ENDOFTEXT, tiny.IM_END}
 
 
-# Pictures -------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
 def test_a_preprocessor_file_is_heeded(tmp_path: Path) -> None:
@@ -361,7 +366,7 @@ def test_released_models_have_no_normalisation(tmp_path: Path) -> None:
     assert processor.pictures.std == (1.0,) * 3
 
 
-# Faults ---------------------------------------------------------------------------------------------
+# Faults -------------------------------------------------------------------------------------------
 
 
 def without(*names: str) -> Callable[[dict[str, Array]], None]:
@@ -467,7 +472,7 @@ def test_broken_json(tmp_path: Path, file: str) -> None:
     ],
 )
 def test_another_model(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="not a FastVLM|not FastVLM"):
+    with pytest.raises(ConfigError, match=r"not a FastVLM|not FastVLM"):
         load_folder(tiny.write(tmp_path, config=config))
 
 

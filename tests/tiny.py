@@ -218,7 +218,9 @@ def value(name: str, shape: Shape, seed: int = 0) -> Array:
         return 0.4 + 0.1 * noise
     if len(shape) == 1:
         return 1 + 0.2 * noise if name.endswith(".weight") else 0.1 * noise
-    if any(part in name for part in ("patch_embed", ".proj.0", ".proj.1", "conv_exp", "projector.0")):
+    if any(
+        part in name for part in ("patch_embed", ".proj.0", ".proj.1", "conv_exp", "projector.0")
+    ):
         noise *= 2.2  # each GELU halves what is small: without this the picture would fade out
     return noise / np.sqrt(np.prod(shape[1:], dtype=np.float32))
 
@@ -316,7 +318,7 @@ def llava_config() -> dict[str, Any]:
 
 
 def mlx_config() -> dict[str, Any]:
-    """mlx-vlm's fields; its `downsamples` says what follows a stage, and its last has no meaning."""
+    """mlx-vlm's fields; its `downsamples` says what follows a stage; the last means nothing."""
     config = llava_config()
     config["model_type"] = "fastvlm"
     config["image_token_index"] = -200
@@ -376,7 +378,7 @@ def apple_mlx_config() -> dict[str, Any]:
 
 # Folders ------------------------------------------------------------------------------------------
 
-# Qwen2's template, with parts where a content is a list: a picture is `<image>` on a line of its own.
+# Qwen2's template, with parts where a content is a list: a picture is `<image>` on its own line.
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if loop.first and m['role'] != 'system' %}"
@@ -491,4 +493,3 @@ def pictures(count: int = 1, size: int = IMAGE_SIZE, seed: int = 0) -> Array:
     rng = np.random.default_rng([count, size, seed])
     squares = rng.random((count, size // 16, size // 16, 3), dtype=np.float32)
     return np.repeat(np.repeat(squares, 16, axis=1), 16, axis=2)
-

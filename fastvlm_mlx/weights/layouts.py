@@ -165,9 +165,7 @@ def recognise(names: Iterable[str]) -> Layout:
     raise CheckpointError("the tensor names are not those of any FastVLM checkpoint known here")
 
 
-def translate(
-    names: Iterable[str], config: VisionConfig, layout: Layout | None = None
-) -> Names:
+def translate(names: Iterable[str], config: VisionConfig, layout: Layout | None = None) -> Names:
     """Translate every name of a checkpoint to its canonical name.
 
     `layout` is given for a part of a checkpoint, whose names alone do not tell it.

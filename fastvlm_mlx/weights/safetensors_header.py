@@ -25,7 +25,9 @@ def read_safetensors(source: SourceFile) -> tuple[dict[str, LazyTensor], dict[st
     Laxer than it in one point: bytes after the last tensor are let be.
     """
     header, start = _read_header(source)
-    metadata = header.pop("__metadata__", None) or {}  # mlx writes null where it has none
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # mlx writes null where it has none
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{where(source.path)}: __metadata__ must map text to text")
 

@@ -1,4 +1,4 @@
-"""mlx-lm's own tools on our model, as they are: generation, batches, caches, quantisation, loading."""
+"""mlx-lm's own tools on our model, as they are: generation, caches, quantisation, loading."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_other_caches(loaded: Loaded, options: dict[str, int]) -> None:
     assert len(steps(model, ids, embeddings, **options)) == 6
 
 
-# Quantisation ---------------------------------------------------------------------------------------
+# Quantisation -------------------------------------------------------------------------------------
 
 
 def quantise(folder: Path, **options: Any) -> tuple[FastVLM, dict[str, Any]]:
@@ -141,7 +141,9 @@ def quantise(folder: Path, **options: Any) -> tuple[FastVLM, dict[str, Any]]:
 def test_only_the_language_model_is_quantised(tmp_path: Path) -> None:
     model, config = quantise(tmp_path)
     packed = {
-        path for path, m in model.named_modules() if isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        path
+        for path, m in model.named_modules()
+        if isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding)
     }
     linear = {
         "language_model." + name.removesuffix(".weight")
@@ -158,7 +160,7 @@ def test_a_quantised_model_answers(tmp_path: Path) -> None:
     assert model(tokens, pixel_values=mx.array(tiny.pictures(1))).shape == (1, 6, tiny.VOCABULARY)
 
 
-# Loading --------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 def classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -184,7 +186,8 @@ def test_mlx_lm_loads_what_it_quantised(tmp_path: Path) -> None:
     kept = {n: t for n, t in tensors.items() if not n.startswith("language_model.")}
     packed = dict(tree_flatten(model.language_model.parameters()))
     mx.save_safetensors(
-        str(folder / "model.safetensors"), kept | {f"language_model.{n}": t for n, t in packed.items()}
+        str(folder / "model.safetensors"),
+        kept | {f"language_model.{n}": t for n, t in packed.items()},
     )
     (folder / "config.json").write_text(json.dumps(config))
     again, _ = load_model(folder, get_model_classes=classes)

@@ -1,4 +1,4 @@
-"""FastVLM as an architecture of mlx-lm: its `load`, its command line and its server, with pictures."""
+"""FastVLM as an architecture of mlx-lm: its `load`, command line and server, with pictures."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_register_twice() -> None:
     assert out.stdout.split() == ["FastVLM", "mlx_lm.models.qwen2"], out.stderr
 
 
-# The server -----------------------------------------------------------------------------------------
+# The server ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

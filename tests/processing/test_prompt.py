@@ -17,7 +17,7 @@ def text(prompt: Any, pictures: int = 0, system: str | None = None, style: str =
     return chosen.render(as_messages(prompt, pictures, system, chosen))
 
 
-# ChatML, as `conv_qwen_2` of apple/ml-fastvlm (llava/conversation.py) prints it ---------------------
+# ChatML, as `conv_qwen_2` of apple/ml-fastvlm (llava/conversation.py) prints it -------------------
 
 
 def test_one_picture() -> None:
@@ -93,7 +93,7 @@ def test_the_callers_messages_are_left_alone() -> None:
     assert turns == CONVERSATION
 
 
-# Parts ----------------------------------------------------------------------------------------------
+# Parts --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_parts_of_text_alone() -> None:
     assert "user\nab<|im_end|>" in text([{"role": "user", "content": content}])
 
 
-# Other language models, as `conv_vicuna_v1` and `conv_mistral_instruct` print them -------------------
+# Other language models, as `conv_vicuna_v1` and `conv_mistral_instruct` print them ----------------
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -147,7 +147,7 @@ def test_an_unknown_family_speaks_chatml() -> None:
     assert chat_style("some_new_model") is CHAT_STYLES["qwen2"]
 
 
-# Errors ---------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

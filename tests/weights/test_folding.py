@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from fastvlm_mlx.config import MCI2, ModelConfig, VisionConfig
+from fastvlm_mlx.config import MCI2, ModelConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.models.fastvit import FastViT
 from fastvlm_mlx.weights.assemble import assemble
 from fastvlm_mlx.weights.folding import (
-    FusedConv,
     expected_shapes,
     fold,
     fuse_branches,
@@ -50,7 +49,7 @@ def close(found: mx.array | Array, expected: Array, tolerance: float = 2e-5) -> 
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-# Whole ---------------------------------------------------------------------------------------------
+# Whole --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -84,8 +83,7 @@ def test_folding_fits_the_model_to_the_name() -> None:
         assert {n: t.shape for n, t in folded.items()} == {n: t.shape for n, t in wanted.items()}
 
 
-# Part by part ---------------------------------------------------------------------------------------
-
+# Part by part -------------------------------------------------------------------------------------
 
 
 # Our name of a convolution, Apple's, how it is drawn, its stride.
@@ -204,7 +202,7 @@ def test_a_batch_norm_before_attention_goes_into_its_projection() -> None:
     close(found, expected, 1e-5)
 
 
-# Incomplete ------------------------------------------------------------------------------------------
+# Incomplete ---------------------------------------------------------------------------------------
 
 # Each would silently give another network if the branch were taken for absent by design.
 NEEDED = [
@@ -236,7 +234,11 @@ def test_a_branch_that_lacks_a_tensor(name: str) -> None:
 
 @pytest.mark.parametrize(
     "branch",
-    ["conv_exp.rbr_scale", "network.0.0.token_mixer.mixer.rbr_conv.0", "network.1.proj.0.small_conv"],
+    [
+        "conv_exp.rbr_scale",
+        "network.0.0.token_mixer.mixer.rbr_conv.0",
+        "network.1.proj.0.small_conv",
+    ],
 )
 def test_a_branch_that_is_missing_as_a_whole(branch: str) -> None:
     tensors = {n: t for n, t in apple(training=True).items() if not n.startswith(branch + ".")}
