@@ -46,8 +46,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch "$(STAMP)"
 
 demo: $(STAMP)
-	@echo '$$ fastvlm-mlx generate --image examples/cat.jpg "What is this?"'
-	@"$(BIN)/fastvlm-mlx" generate --image examples/cat.jpg "What is this?"
+	@echo '$$ fastvlm-mlx generate --image examples/shapes.png "How many circles are there?"'
+	@"$(BIN)/fastvlm-mlx" generate --image examples/shapes.png "How many circles are there?"
 
 test: $(STAMP)
 	@"$(BIN)/python" -m pytest

@@ -120,7 +120,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}",
-        "load_before": [round(x, 1) for x in os.getloadavg()],
+        "load_average": [round(x, 1) for x in os.getloadavg()],
         "mlx": metadata.version("mlx"),
         "checkpoint_gb": round(sum(f.stat().st_size for f in source.iterdir()) / 1e9, 2),
         "median_of": given.repeat,

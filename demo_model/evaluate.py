@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,6 @@ from tokenizer import encode, prompt
 from transformers import AutoTokenizer, FastVlmForConditionalGeneration
 
 SEED = 987_654_321
-_SCENES = {
-    "name": "object",
-    "count": "count",
-    "where": "object",
-    "read": "word",
-    "relation": "pair",
-}
 Sample = tuple[np.ndarray, Turn]
 
 
@@ -95,45 +89,69 @@ def same(expected: str, answer: str) -> bool:
     return answer == expected if expected.isupper() else answer.lower() == expected.lower()
 
 
-def test_sets(sprites_path: Path, size: int, number: int) -> dict[str, list[Sample]]:
-    """All the sets of samples that are reported, by title."""
-    sprites = load_sprites(sprites_path)
-    rng = np.random.default_rng(SEED)
-    seen = SceneMaker(sprites, size, held_out_words=True)
-    unseen = SceneMaker(sprites, size, held_out=True)
-    known = set(seen.names)
-    unseen.names = [name for name in unseen.names if name in known]
+@dataclass(frozen=True)
+class Test:
+    """One row of the report: which scenes, which kind of question, and which of those count."""
 
-    def of(maker: SceneMaker, kind: str | None, text: float = 0.3) -> Callable:
-        return lambda: maker.make(rng, kind, text_share=text)
+    title: str
+    scenes: str | None  # kind of scene; None is the mixture that training uses
+    kind: str
+    text_share: float = 0.3
+    accept: Callable[[Scene, Turn], bool] = lambda scene, turn: True
+    held_out: bool = False
 
-    def is_word(scene: Scene, turn: Turn) -> bool:
-        return bool(scene.text) and not scene.text.isdigit()
 
-    def is_number(scene: Scene, turn: Turn) -> bool:
-        return bool(scene.text) and scene.text.isdigit()
+def _is_large(scene: Scene) -> bool:
+    return scene.items[0].size > 0.6
 
-    return {
-        "name an object": collect(of(seen, "object"), "name", number, rng),
-        "name a shape and its colour": collect(of(seen, "shape"), "name", number // 2, rng),
-        "colour": collect(of(seen, "shape"), "colour", number, rng),
-        "colour, any scene": collect(of(seen, None), "colour", number, rng),
-        "count, one to five": collect(
-            of(seen, "count"), "count", number, rng, lambda s, t: t.answer != "None."
-        ),
-        "count, any scene": collect(of(seen, None), "count", number, rng),
-        "where": collect(of(seen, "object"), "where", number, rng),
-        "read a held-out word": collect(of(seen, "word"), "read", number, rng, is_word),
-        "read a number": collect(of(seen, "word"), "read", number // 2, rng, is_number),
-        "read a held-out word beside a thing": collect(
-            of(seen, "object", 1.0), "read", number, rng, is_word
-        ),
-        "yes or no": collect(of(seen, None), "yesno", number, rng),
-        "left, right, top, bottom": collect(of(seen, "pair"), "relation", number, rng),
-        "name both of two": collect(of(seen, "pair"), "name", number, rng),
-        "describe": collect(of(seen, None), "describe", number, rng),
-        "name an unseen drawing": collect(of(unseen, "object"), "name", number, rng),
-    }
+
+def _is_word(scene: Scene, turn: Turn) -> bool:
+    return scene.text is not None and not scene.text.isdigit()
+
+
+def _is_number(scene: Scene, turn: Turn) -> bool:
+    return scene.text is not None and scene.text.isdigit()
+
+
+TESTS: tuple[Test, ...] = (
+    Test("name an object", "object", "name"),
+    Test("name a large object", "object", "name", 0.3, lambda scene, turn: _is_large(scene)),
+    Test("name a shape and its colour", "shape", "name"),
+    Test("colour of a shape, its ground or text", "shape", "colour"),
+    Test("colour, any scene", None, "colour"),
+    Test("count, one to five", "count", "count", 0.3, lambda scene, turn: turn.answer != "None."),
+    Test("count, any scene", None, "count"),
+    Test("where", "object", "where"),
+    Test("read a held-out word", "word", "read", 0.3, _is_word),
+    Test("read a number", "word", "read", 0.3, _is_number),
+    Test("read a held-out word beside a thing", "object", "read", 1.0, _is_word),
+    Test("yes or no", None, "yesno"),
+    Test("left, right, top, bottom", "pair", "relation"),
+    Test("name both of two", "pair", "name"),
+    Test("describe", None, "describe"),
+    Test("name an unseen drawing", "object", "name", 0.3, held_out=True),
+)
+
+
+class Sampler:
+    """Makes the samples of each test from a seed of its own."""
+
+    def __init__(self, sprites_path: Path, size: int) -> None:
+        sprites = load_sprites(sprites_path)
+        self.makers = {
+            False: SceneMaker(sprites, size, held_out_words=True),
+            True: SceneMaker(sprites, size, held_out=True),
+        }
+
+    def samples(self, test: Test, number: int) -> list[Sample]:
+        """`number` samples of one test."""
+        rng = np.random.default_rng((SEED, TESTS.index(test)))
+        maker = self.makers[test.held_out]
+
+        def make() -> tuple[np.ndarray, Scene]:
+            return maker.make(rng, test.scenes, text_share=test.text_share)
+
+        return collect(make, test.kind, number, rng, test.accept)
 
 
 def main() -> None:
@@ -142,12 +160,21 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, default=Path("runs/sprites.npz"))
     parser.add_argument("--number", type=int, default=400, help="questions of each kind")
     parser.add_argument("--mistakes", type=int, default=0, help="show so many mistakes of each")
+    parser.add_argument("--only", default="", help="only the tests with this in their title")
+    parser.add_argument("--parts", type=int, default=1, help="share the tests among so many runs")
+    parser.add_argument("--part", type=int, default=0, help="which share this run does")
+    parser.add_argument("--threads", type=int, help="of the processor; default: all")
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args()
     answerer = Answerer(options.folder)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    sampler = Sampler(options.sprites, answerer.size)
     results = {}
     print("| question | right | asked | accuracy |\n| --- | --- | --- | --- |")
-    for title, samples in test_sets(options.sprites, answerer.size, options.number).items():
+    for index, test in enumerate(TESTS):
+        if options.only not in test.title or index % options.parts != options.part:
+            continue
+        title, samples = test.title, sampler.samples(test, options.number)
         answers = answerer.answer(samples)
         wrong = [
             (turn, answer)

@@ -89,10 +89,8 @@ def make(folder: Path) -> None:
     _paste(fruit, _emoji("🍓", 190), 0.74, 0.5)
     fruit.save(folder / "fruit.jpg", quality=92)
 
-    duck = _ground(rng, (600, 400), (250, 250, 250))
-    _paste(duck, _clipart("animals/birds/rubber_duck_mo_01.png", 300), 0.5, 0.5) if (
-        CLIPART_ROOT / "animals/birds/rubber_duck_mo_01.png"
-    ).exists() else None
+    duck = _ground(rng, (480, 480), (250, 250, 250))
+    _paste(duck, _clipart("recreation/toys/rubber_duck1_ganson.png", 340), 0.5, 0.5)
     duck.save(folder / "duck.jpg", quality=90)
 
 

@@ -29,7 +29,7 @@ from model import (
     encoder_of,
     parameter_groups,
 )
-from ranks import average_gradients, run
+from ranks import average_gradients, run, sum_over_ranks
 from scenes import SceneMaker
 from sprites import load_sprites
 from tokenizer import VOCAB_SIZE, special_ids, train_tokenizer
@@ -46,15 +46,15 @@ from train_vision import (
     to_pixels,
 )
 
-_SAVE_EVERY = 200
+_SAVE_EVERY = 100
 _REPORT_EVERY = 50
 
 
-def learning_rate(step: int, options: argparse.Namespace) -> float:
-    """Warm-up, then a cosine down to 2 %."""
+def learning_rate(step: int, progress: float, rate: float) -> float:
+    """Warm-up over 200 steps, then a cosine over `progress` (0 to 1) down to 2 %."""
     warm = min(1.0, (step + 1) / 200)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / options.steps)))
-    return options.rate * warm * (0.02 + 0.98 * cosine)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return rate * warm * (0.02 + 0.98 * cosine)
 
 
 @torch.no_grad()
@@ -112,10 +112,12 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
     rows = RowMaker(maker, tokenizer, (options.size // STRIDE) ** 2)
     rng = np.random.default_rng((options.seed, 7, step, rank))
     started, sums, tally = time.time(), [0.0, 0.0, 0.0, 0.0], {}
-    end_time = time.time() + 60 * options.minutes if options.minutes else math.inf
-    while step < options.steps and time.time() < end_time:
+    first, began = step / options.steps, time.time()
+    progress = first
+    while progress < 1:
+        rate = learning_rate(step, progress, options.rate)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, options) * group["scale"]
+            group["lr"] = rate * group["scale"]
         batch = rows.batch(rng, share)
         ids, labels = batch.ids.to(device), batch.labels.to(device)
         middle, features = forward_maps(encoder, to_pixels(batch.pictures, device))
@@ -144,6 +146,12 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         step += 1
+        progress = step / options.steps
+        if options.minutes:
+            spent = (time.time() - began) / (60 * options.minutes)
+            progress = max(progress, first + (1 - first) * spent)
+        # The clocks of the processes differ, the decision to stop must not.
+        progress = sum_over_ranks([progress], ranks)[0] / ranks
         sums[0] += float(loss.detach())
         sums[1] += float(total.detach())
         sums[2] += float((logits.argmax(-1) == answers).float().mean())
@@ -159,7 +167,7 @@ def train(rank: int, ranks: int, options: argparse.Namespace) -> None:
                 flush=True,
             )
             started, sums, tally = time.time(), [0.0, 0.0, 0.0, 0.0], {}
-        if rank == 0 and (step % _SAVE_EVERY == 0 or step == options.steps):
+        if rank == 0 and (step % _SAVE_EVERY == 0 or progress >= 1):
             save(
                 checkpoint,
                 {
@@ -179,7 +187,7 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, default=Path("runs/sprites.npz"))
     parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="side of the pictures, pixels")
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--minutes", type=float, help="stop after so long; resume later")
+    parser.add_argument("--minutes", type=float, help="end after so long, whatever the step")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--encoder-rate", type=float, default=0.7, help="factor of the rate")

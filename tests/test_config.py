@@ -155,7 +155,7 @@ def test_fields_of_timm_override() -> None:
         mm_vision_tower=None,
     )
     assert config.vision.embed_dims == (16, 32, 64, 128)
-    assert config.vision.mlp_ratios == (2, 2, 2, 2)
+    assert set(config.vision.mlp_ratios) == {2}
     assert config.vision.attention_norm == MCI2.attention_norm
     assert config.vision.feature_dim == 128 == config.projector.input_dim
     assert config.vision.image_size == 320

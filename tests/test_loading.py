@@ -13,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 from fastvlm_mlx import device
@@ -34,7 +33,7 @@ def logits(model: FastVLM) -> Array:
 
 
 def dtypes(module: nn.Module) -> set[mx.Dtype]:
-    return {p.dtype for _, p in tree_flatten(module.parameters())}
+    return {p.dtype for p in tiny.parameters(module).values()}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +173,7 @@ def test_an_unknown_dtype(tmp_path: Path) -> None:
 
 
 def write_quantised(
-    folder: Path, settings: dict[str, int], *, said: bool = True, mode: str = "affine"
+    folder: Path, settings: dict[str, Any], *, said: bool = True, mode: str = "affine"
 ) -> FastVLM:
     """A folder in mlx layout as mlx-lm quantises it, and the quantised model itself."""
     tiny.write(folder, "mlx")
@@ -189,7 +188,7 @@ def write_quantised(
     )
     tensors = load_file(folder / "model.safetensors")
     kept = {n: mx.array(t) for n, t in tensors.items() if not n.startswith("language_model.")}
-    packed = {n: t for n, t in tree_flatten(model.parameters()) if n.startswith("language_model.")}
+    packed = {n: t for n, t in tiny.parameters(model).items() if n.startswith("language_model.")}
     mx.save_safetensors(str(folder / "model.safetensors"), kept | packed)
     if said:
         config = json.loads((folder / "config.json").read_text())
@@ -198,7 +197,7 @@ def write_quantised(
     return model
 
 
-QUANTISED: list[tuple[dict[str, int], str]] = [
+QUANTISED: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 32, "bits": 4}, "affine"),
     ({"group_size": 64, "bits": 8}, "affine"),
     ({"group_size": 64, "bits": 3}, "affine"),
@@ -238,7 +237,7 @@ def test_one_layer_quantised_otherwise(tmp_path: Path) -> None:
     write_quantised(tmp_path, {"group_size": 32, "bits": 4})
     model, _ = load_folder(tmp_path, "float32")
     path = "language_model.model.layers.0.mlp.down_proj"
-    tensors = mx.load(str(tmp_path / "model.safetensors"))
+    tensors = tiny.read(tmp_path)
     whole = mx.array(tiny.llava()["model.layers.0.mlp.down_proj.weight"])
     parts = dict(zip(("weight", "scales", "biases"), mx.quantize(whole, 64, 8), strict=True))
     mx.save_safetensors(
@@ -254,7 +253,7 @@ def test_one_layer_quantised_otherwise(tmp_path: Path) -> None:
 
 def test_a_quantised_projector(tmp_path: Path, expected: Array) -> None:
     tiny.write(tmp_path, "mlx")
-    tensors = mx.load(str(tmp_path / "model.safetensors"))
+    tensors = tiny.read(tmp_path)
     weight = tensors.pop("mm_projector.2.weight")
     for part, value in zip(("weight", "scales", "biases"), mx.quantize(weight, 32, 8), strict=True):
         tensors[f"mm_projector.2.{part}"] = value

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -376,6 +379,21 @@ def apple_mlx_config() -> dict[str, Any]:
     return {**llava_config(), "image_token_index": IM_END + 1}
 
 
+# MLX's side ---------------------------------------------------------------------------------------
+
+
+def parameters(module: nn.Module) -> dict[str, mx.array]:
+    """A module's parameters by their whole names."""
+    flat: Any = tree_flatten(module.parameters())
+    return dict(flat)
+
+
+def read(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a folder with one file, as MLX reads them."""
+    tensors: Any = mx.load(str(folder / "model.safetensors"))
+    return dict(tensors)
+
+
 # Folders ------------------------------------------------------------------------------------------
 
 # Qwen2's template, with parts where a content is a list: a picture is `<image>` on its own line.
@@ -427,7 +445,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Array], shards: int = 1) -
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         return
-    listed = {}
+    listed: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         part = {name: tensors[name] for name in list(tensors)[i::shards]}

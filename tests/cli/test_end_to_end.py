@@ -9,34 +9,32 @@ from pathlib import Path
 import pytest
 from cli_process import RunCommand, environment, one_line_error, program
 
-QUESTION = "What is this?"
+QUESTION = "How many circles are there?"
 
 
 @pytest.fixture
-def cat(demo_model: Path, examples: Path) -> str:
-    picture = examples / "cat.jpg"
-    if not picture.is_file():
-        pytest.skip("examples/cat.jpg is not in this checkout")
-    return str(picture)
+def circles(demo_model: Path, examples: Path) -> str:
+    """A picture of three circles."""
+    return str(examples / "shapes.png")
 
 
-def test_the_first_command_of_the_readme(run: RunCommand, cat: str) -> None:
-    result = run("generate", "--image", cat, QUESTION)
+def test_the_first_command_of_the_readme(run: RunCommand, circles: str) -> None:
+    result = run("generate", "--image", circles, QUESTION)
     assert result.returncode == 0, result.stderr
-    assert "cat" in result.stdout.lower()
+    assert "three" in result.stdout.lower()
     assert result.stdout.endswith("\n")
     (notice,) = result.stderr.splitlines()
     assert notice.startswith("note: using the small bundled demo model")
     assert notice.endswith("fastvlm-mlx download apple/FastVLM-0.5B")
 
 
-def test_json(run: RunCommand, cat: str) -> None:
-    result = run("generate", "--model", "demo", "--image", cat, "--json", QUESTION)
+def test_json(run: RunCommand, circles: str) -> None:
+    result = run("generate", "--model", "demo", "--image", circles, "--json", QUESTION)
     assert result.stderr == ""
     printed = json.loads(result.stdout)
-    assert "cat" in printed["answer"].lower()
+    assert "three" in printed["answer"].lower()
     assert printed["finish_reason"] == "stop"
-    assert printed["pictures"] == [cat]
+    assert printed["pictures"] == [circles]
     stats = printed["stats"]
     assert stats["visual_tokens"] > 0
     assert stats["generated_tokens"] > 0
@@ -44,20 +42,20 @@ def test_json(run: RunCommand, cat: str) -> None:
     assert stats["ttft_s"] == pytest.approx(sum(stats[part] for part in parts))
 
 
-def test_stats(run: RunCommand, cat: str) -> None:
-    result = run("generate", "--model", "demo", "--image", cat, "--stats", QUESTION)
+def test_stats(run: RunCommand, circles: str) -> None:
+    result = run("generate", "--model", "demo", "--image", circles, "--stats", QUESTION)
     assert result.returncode == 0
     assert "time to first token" in result.stderr
     assert "time to first token" not in result.stdout
 
 
 def test_a_picture_from_standard_input_answers_like_the_file(
-    run: RunCommand, cat: str, tmp_path: Path
+    run: RunCommand, circles: str, tmp_path: Path
 ) -> None:
-    from_file = run("generate", "--model", "demo", "--image", cat, QUESTION)
+    from_file = run("generate", "--model", "demo", "--image", circles, QUESTION)
     piped = subprocess.run(
         [*program(), "generate", "--model", "demo", "--image", "-", QUESTION],
-        input=Path(cat).read_bytes(),
+        input=Path(circles).read_bytes(),
         capture_output=True,
         env=environment(tmp_path),
         timeout=120,
@@ -66,22 +64,22 @@ def test_a_picture_from_standard_input_answers_like_the_file(
     assert piped.stdout.decode() == from_file.stdout
 
 
-def test_a_length_limit(run: RunCommand, cat: str) -> None:
-    result = run("generate", "-m", "demo", "--image", cat, "--max-tokens", "1", "--json", QUESTION)
+def test_a_length_limit(run: RunCommand, circles: str) -> None:
+    result = run("generate", "-m", "demo", "--image", circles, "--max-tokens", "1", "--json", QUESTION)
     printed = json.loads(result.stdout)
     assert printed["stats"]["generated_tokens"] == 1
     assert printed["finish_reason"] == "length"
 
 
-def test_a_seed_makes_sampling_repeatable(run: RunCommand, cat: str) -> None:
-    command = f"generate --model demo --image {cat} --temp 1.5 --seed 11".split()
+def test_a_seed_makes_sampling_repeatable(run: RunCommand, circles: str) -> None:
+    command = f"generate --model demo --image {circles} --temp 1.5 --seed 11".split()
     first, second = (run(*command, QUESTION) for _ in range(2))
     assert first.returncode == 0
     assert first.stdout == second.stdout
 
 
-def test_the_variable_names_the_model(run: RunCommand, cat: str, demo_model: Path) -> None:
-    result = run("generate", "--image", cat, QUESTION, env={"FASTVLM_MODEL": str(demo_model)})
+def test_the_variable_names_the_model(run: RunCommand, circles: str, demo_model: Path) -> None:
+    result = run("generate", "--image", circles, QUESTION, env={"FASTVLM_MODEL": str(demo_model)})
     assert result.returncode == 0
     assert result.stderr == ""
 

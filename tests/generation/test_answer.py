@@ -174,9 +174,12 @@ def test_a_picture_is_encoded_once(loaded: Loaded, monkeypatch: pytest.MonkeyPat
     calls: list[tuple[int, ...]] = []
     tower = type(model.vision_tower)
     original = tower.__call__
-    monkeypatch.setattr(
-        tower, "__call__", lambda self, x: calls.append(x.shape) or original(self, x)
-    )
+
+    def counted(self: Any, pixels: mx.array) -> Any:
+        calls.append(pixels.shape)
+        return original(self, pixels)
+
+    monkeypatch.setattr(tower, "__call__", counted)
     stream(loaded, images=[picture(1), picture(2)], max_tokens=4)
     assert calls == [(2, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3)]
     stream(loaded, max_tokens=4)

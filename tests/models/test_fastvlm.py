@@ -166,7 +166,7 @@ def test_the_answer_depends_on_the_picture(model: FastVLM) -> None:
     tokens = mx.array([expand(model, [1, -200, 2], [N])])
     one = model(tokens, pixel_values=mx.array(tiny.pictures(1, seed=1)))[0, -1]
     other = model(tokens, pixel_values=mx.array(tiny.pictures(1, seed=2)))[0, -1]
-    assert mx.abs(one - other).max().item() > 0.01
+    assert np.abs(np.array(one) - np.array(other)).max() > 0.01
 
 
 def test_a_prompt_in_steps(model: FastVLM) -> None:
@@ -232,15 +232,8 @@ def test_the_projector_has_an_exact_gelu() -> None:
 
 def test_sanitize_any_layout(model: FastVLM, tmp_path: Path) -> None:
     """What mlx-lm calls between reading a file and loading it."""
-    wanted = {name: p.shape for name, p in _flat(model)}
+    wanted = {name: p.shape for name, p in tiny.parameters(model).items()}
     for convert in (dict, tiny.as_mlx, tiny.as_transformers):
         tensors = {n: mx.array(t) for n, t in convert(tiny.llava(tied=False)).items()}
         made = model.sanitize(tensors)
         assert {name: p.shape for name, p in made.items()} == wanted
-
-
-def _flat(model: FastVLM) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    flat: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
-    return flat

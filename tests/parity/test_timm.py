@@ -110,17 +110,10 @@ def test_timms_own_fusing_agrees(name: str) -> None:
 
     config = dict(SMALL)[name]
     model = trained(timm_model(config, name, inference=False), 128).eval()
-    before = dict(_parameters(ours(model, config)))
-    after = dict(_parameters(ours(reparameterize_model(model), config)))
+    before = tiny.parameters(ours(model, config))
+    after = tiny.parameters(ours(reparameterize_model(model), config))
     for key, value in before.items():
         assert np.allclose(np.array(value), np.array(after[key]), atol=1e-5), key
-
-
-def _parameters(tower: FastViT) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    flat: list[tuple[str, mx.array]] = tree_flatten(tower.parameters())
-    return flat
 
 
 @pytest.mark.slow

@@ -63,23 +63,16 @@ def test_encoder(training: bool, size: tuple[int, int]) -> None:
 
 
 def test_no_batch_norm_scale_or_branch_is_left() -> None:
-    names = {name for name, _ in _flat(ours(apple(training=True)))}
+    names = set(tiny.parameters(ours(apple(training=True))))
     forbidden = ("bn", "gamma", "running", "rbr", "conv_kxk", "identity", "reparam", "layer_scale")
     assert not [name for name in names if any(word in name for word in forbidden)]
-
-
-def _flat(module: FastViT) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    flat: list[tuple[str, mx.array]] = tree_flatten(module.parameters())
-    return flat
 
 
 def test_folding_fits_the_model_to_the_name() -> None:
     """For every family member: all that the model wants, no more, of the right shape."""
     for vision in (VISION, replace(MCI2, depths=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128))):
         folded = fold(vision, {n: mx.zeros(s) for n, s in expected_shapes(vision).items()})
-        wanted = dict(_flat(FastViT(vision)))
+        wanted = tiny.parameters(FastViT(vision))
         assert {n: t.shape for n, t in folded.items()} == {n: t.shape for n, t in wanted.items()}
 
 
@@ -166,7 +159,7 @@ def test_some_convolutions_fused_already() -> None:
 def test_layer_scale_and_norms_are_folded() -> None:
     """The values themselves, for one block of each kind."""
     tensors = apple(training=False)
-    tower = dict(_flat(ours(tensors)))
+    tower = tiny.parameters(ours(tensors))
     scale = tensors["network.0.0.layer_scale"].reshape(-1)
     fc2 = tensors["network.0.0.convffn.fc2.weight"][:, :, 0, 0]
     close(tower["stages.0.blocks.0.mlp.fc2.weight"], fc2 * scale[:, None])

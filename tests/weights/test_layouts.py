@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 
@@ -79,7 +81,7 @@ def test_training_names_are_the_same_in_both_spellings() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_language_model_and_projector(layout: str, tied: bool) -> None:
     tensors = tiny.llava(tied=tied)
-    convert = {
+    convert: dict[str, Any] = {
         "llava": dict,
         "mlx": tiny.as_mlx,
         "transformers": tiny.as_transformers,
