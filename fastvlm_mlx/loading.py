@@ -84,10 +84,11 @@ def load_folder(folder: Path, dtype: Dtype = "auto") -> tuple[FastVLM, Processor
         model, layout = _build(
             config, tensors, chosen, dequantise=dtype == "auto" and not device.on_gpu()
         )
-    # Some published configurations and tokenizers leave out the mark that ends every answer.
+    # Some published configurations and tokenizers leave out the mark that ends every answer, and
+    # mlx-lm before 0.32 forgets the tokenizer's own where the configuration names another.
     end = tokenizer.get_vocab().get(chat_style(config.text["model_type"]).end)
-    ends = {*tokenizer.eos_token_ids, *config.eos_token_ids, end} - {None}
-    tokenizer.eos_token_ids = ends
+    ends = {*tokenizer.eos_token_ids, tokenizer.eos_token_id, *config.eos_token_ids, end}
+    tokenizer.eos_token_ids = ends - {None}
     model.eval()
     mx.eval(model.parameters())
     model.loaded_from = LoadedFrom(folder, layout, str(chosen).removeprefix("mlx.core."), repairs)

@@ -28,13 +28,15 @@ MODEL_TYPES = ("llava_qwen2", "llava_llama", "llava_mistral", "fastvlm", "fast_v
 def register() -> None:
     """Add FastVLM to mlx-lm in this process. May be called again."""
     prefer_openblas()
-    from mlx_lm.processors import PROCESSORS
-
     from fastvlm_mlx.models import fastvlm
     from fastvlm_mlx.processing.processor import Processor
 
     for model_type in MODEL_TYPES:
         sys.modules[f"mlx_lm.models.{model_type}"] = fastvlm
+    try:
+        from mlx_lm.processors import PROCESSORS
+    except ImportError:  # mlx-lm before 0.32, the last for Python 3.10, takes text alone
+        return
     # mlx-lm asks for the last part of the name of the module that defines the model.
     PROCESSORS[fastvlm.__name__.rpartition(".")[2]] = Processor
 

@@ -336,6 +336,15 @@ def test_ends_of_an_answer_are_united(tmp_path: Path) -> None:
     assert ends(folder) == {11, 12, 13, tiny.IM_END}
 
 
+def test_the_tokenizers_own_end_counts(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path, config={"eos_token_id": 11})
+    (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = "<|endoftext|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert ends(folder) == {11, tiny.ENDOFTEXT, tiny.IM_END}
+
+
 def test_im_end_ends_even_where_nobody_says_so(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path, config={"eos_token_id": None})
     (folder / "generation_config.json").unlink()

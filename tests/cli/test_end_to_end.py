@@ -65,7 +65,9 @@ def test_a_picture_from_standard_input_answers_like_the_file(
 
 
 def test_a_length_limit(run: RunCommand, circles: str) -> None:
-    result = run("generate", "-m", "demo", "--image", circles, "--max-tokens", "1", "--json", QUESTION)
+    result = run(
+        "generate", "-m", "demo", "--image", circles, "--max-tokens", "1", "--json", QUESTION
+    )
     printed = json.loads(result.stdout)
     assert printed["stats"]["generated_tokens"] == 1
     assert printed["finish_reason"] == "length"

@@ -20,7 +20,6 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
-from mlx_lm.processors import PROCESSORS, load_processor
 from PIL import Image
 
 from fastvlm_mlx.generation import generate
@@ -28,6 +27,8 @@ from fastvlm_mlx.loading import load_folder
 from fastvlm_mlx.mlx_lm_plugin import MODEL_TYPES, register
 from fastvlm_mlx.models.fastvlm import FastVLM
 from fastvlm_mlx.processing.processor import Processor
+
+processors = pytest.importorskip("mlx_lm.processors", reason="mlx-lm before 0.32 takes text alone")
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,7 +39,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "modules", sys.modules)
     for model_type in MODEL_TYPES:
         monkeypatch.setitem(sys.modules, f"mlx_lm.models.{model_type}", None)
-    monkeypatch.setitem(PROCESSORS, "fastvlm", None)
+    monkeypatch.setitem(processors.PROCESSORS, "fastvlm", None)
     register()
 
 
@@ -76,7 +77,7 @@ def test_load(tmp_path: Path, layout: str) -> None:
 @pytest.mark.usefixtures("registered")
 def test_processor(folder: Path) -> None:
     model, _, config = mlx_lm.load(str(folder), return_config=True)
-    processor = load_processor(model, config)
+    processor = processors.load_processor(model, config)
     assert isinstance(processor, Processor)
     assert processor.pictures == load_folder(folder)[1].pictures
 
