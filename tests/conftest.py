@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 ROOT = Path(__file__).parent.parent
+
+
+def _let_torchvision_load() -> None:
+    """Beside PyTorch's CPU wheel, an index's torchvision cannot load its compiled operators.
+
+    Nothing here uses them, but its import stops at each that is missing, and with it timm's.
+    Declaring them lets it in.
+    """
+    if not (find_spec("torch") and find_spec("torchvision")):
+        return
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define("torchvision::nms", signature)
+        torch.library.define("torchvision::qnms", signature)
+
+
+_let_torchvision_load()
 
 
 @pytest.fixture(scope="session")
