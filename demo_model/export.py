@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from model import (
     IMAGE_SIZE,
@@ -26,7 +27,11 @@ from model import (
     fold_norms,
     fold_projector_norm,
 )
+from scenes import SceneMaker
+from sprites import load_sprites
 from tokenizer import VOCAB_SIZE, special_ids, train_tokenizer
+from torch import nn
+from train_vision import to_pixels
 from transformers import FastVlmForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -103,7 +108,9 @@ def export(
     )
 
 
-def load_checkpoint(path: Path | None) -> FastVlmForConditionalGeneration:
+def load_checkpoint(
+    path: Path | None, sprites: Path, which: str = "average"
+) -> FastVlmForConditionalGeneration:
     """Build the model and fill it from a checkpoint of `train.py` (averaged weights), if given."""
     tokenizer = train_tokenizer()
     model = build_model(build_config(VOCAB_SIZE, special_ids(tokenizer)))
@@ -111,11 +118,37 @@ def load_checkpoint(path: Path | None) -> FastVlmForConditionalGeneration:
         state = torch.load(path, map_location="cpu")
         add_norms(encoder_of(model))
         add_projector_norm(model)
-        model.load_state_dict(state["average"])
+        model.load_state_dict(state[which])
         model.tie_weights()
+        calibrate(model, sprites)
         fold_norms(encoder_of(model))
         fold_projector_norm(model)
     return model.eval()
+
+
+@torch.no_grad()
+def calibrate(
+    model: FastVlmForConditionalGeneration, sprites: Path, batches: int = 60, batch: int = 48
+) -> None:
+    """Measure the norms' statistics anew, over many pictures, for the very weights exported.
+
+    Those kept while training are of few pictures and of other weights than the averaged ones.
+    """
+    encoder = encoder_of(model).to(memory_format=torch.channels_last)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    model.train()
+    maker = SceneMaker(load_sprites(sprites), IMAGE_SIZE)
+    rng = np.random.default_rng(31)
+    for _ in range(batches):
+        pictures = np.stack([maker.make(rng, text_share=0.5)[0] for _ in range(batch)])
+        features = encoder.forward_features(
+            to_pixels(torch.from_numpy(pictures), torch.device("cpu"))
+        )
+        model.model.multi_modal_projector(features.flatten(2).transpose(1, 2))
+    model.eval()
 
 
 def main() -> None:
@@ -123,9 +156,11 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?", help="omit for random weights")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--sprites", type=Path, default=Path("runs/sprites.npz"))
+    parser.add_argument("--weights", choices=("average", "model"), default="average")
     options = parser.parse_args()
     export(
-        load_checkpoint(options.checkpoint),
+        load_checkpoint(options.checkpoint, options.sprites, options.weights),
         train_tokenizer(),
         options.folder,
         DTYPES[options.dtype],

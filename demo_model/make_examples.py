@@ -81,7 +81,7 @@ def make(folder: Path) -> None:
     shapes.save(folder / "shapes.png")
 
     word = _ground(rng, (480, 480), (252, 222, 60))
-    _word(word, "RIVER", 112, (20, 20, 24), 3.0)
+    _word(word, "RIVER", 124, (20, 20, 24), 0.0)
     word.save(folder / "word.png")
 
     fruit = _ground(rng, (512, 512), (250, 250, 248))
