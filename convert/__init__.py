@@ -10,6 +10,7 @@ The folder `convert/` of the repository is the package `fastvlm_mlx.convert`. Wh
 | --- | --- |
 | `options`, `report` | what is asked for, and what was done |
 | `source`, `archive`, `merge` | any source, zip, adapter on a base -> canonical tensors |
+| `calibrate` | training the scales of a quantised model on pictures |
 | `quantise`, `plan` | what becomes of each tensor, decided from headers alone |
 | `naming`, `writer` | names on disk; shards, streamed |
 | `sidecars`, `card` | configuration, tokenizer and processor files; the model card |

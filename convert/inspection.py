@@ -413,7 +413,7 @@ def _part(
         kind = tensor.dtype
         if how is not None and target.endswith(".weight"):
             parameters += tensor.size * 32 // how.bits
-            kind = f"{how.bits}-bit"
+            kind = f"{how.bits}-bit" if how.mode == "affine" else how.mode
         elif how is not None and target.endswith((".scales", ".biases")):
             kind = f"{tensor.dtype} (scales)"
         elif not target.endswith((".running_mean", ".running_var", ".num_batches_tracked")):

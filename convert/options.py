@@ -36,8 +36,9 @@ class ConvertOptions:
     stay whole (a part of a layer's path, such as `lm_head`). `projector_bits` quantises the
     projector too. The encoder is never quantised. `dtype` is for everything that is not quantised;
     `encoder_dtype` for the encoder alone, which is otherwise never float16 (docs/converting.md).
-    `base` and `encoder` are further sources: what an adapter or a projector is merged onto, and
-    where the encoder comes from.
+    `dwq` is a folder of pictures to train the scales on (mlx-lm's DWQ), so many times over, with
+    that learning rate. `base` and `encoder` are further sources: what an adapter or a projector is
+    merged onto, and where the encoder comes from.
     """
 
     bits: int | None = None
@@ -49,6 +50,9 @@ class ConvertOptions:
     dequantize: bool = False
     dtype: DTypeName | None = None
     encoder_dtype: DTypeName | None = None
+    dwq: str | Path | None = None
+    dwq_passes: int = 4
+    dwq_rate: float = 1e-5
     base: str | Path | None = None
     encoder: str | Path | None = None
     shard_size: int = DEFAULT_SHARD_SIZE  # bytes
@@ -88,6 +92,12 @@ class ConvertOptions:
                 raise UsageError(
                     f"--mode {self.mode} is {bits} bits in groups of {group_size}, nothing else"
                 )
+        if self.dwq is not None and (not self.quantises or self.mode not in (None, "affine")):
+            raise UsageError("--dwq trains affine scales: give --bits or --recipe with it")
+        if self.dwq is not None and self.bits == 8:
+            raise UsageError("--dwq is for fewer than 8 bits, which need no training")
+        if self.dwq_passes < 1 or not 0 < self.dwq_rate < 1:
+            raise UsageError("--dwq-passes must be at least 1, --dwq-rate between 0 and 1")
         if self.shard_size < 1_000_000:
             raise UsageError("--shard-size is below 1 MB; give a size such as 5GB")
 
@@ -119,6 +129,7 @@ class ConvertOptions:
             ("recipe", self.recipe),
             ("keep", ",".join(self.keep)),
             ("projector-bits", self.projector_bits),
+            ("dwq", Path(self.dwq).name if self.dwq else None),
             ("dtype", self.dtype),
             ("encoder-dtype", self.encoder_dtype),
         ):

@@ -62,6 +62,10 @@ def convert(
         TargetError: the target is there already, in use, or out of room.
     """
     options = options or ConvertOptions()
+    if options.dwq is not None:
+        from .calibrate import find_pictures
+
+        find_pictures(options.dwq)  # before an hour of work, not after it
     started = time.perf_counter()
     before = mx.set_cache_limit(_CACHE_BYTES)
     try:
@@ -105,6 +109,11 @@ def _convert(
         _write_weights(place.partial, plan, options, progress)
         write_sidecars(place.partial, source, config, plan, tokenizer, repairs)
     check_written(place.partial, plan.jobs)
+    if options.dwq is not None:
+        from .calibrate import calibrate  # half of mlx-lm comes with it
+
+        report.notes.append(calibrate(source, config, place.partial, plan.dtype, options))
+        check_written(place.partial, plan.jobs)
     if verification is not None:
         original: Original = source.folders[0]
         if not source.is_whole:

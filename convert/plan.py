@@ -32,7 +32,7 @@ from .naming import DISK_VISION, HEAD, HEAD_WIDTH, disk_name, disk_shape
 from .options import ConvertOptions
 from .report import PartReport
 from .source import Origin, Source
-from .writer import Array, Job, Spec, row_blocks
+from .writer import Array, Job, Spec, bytes_of, row_blocks
 
 _ASKED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # What a stored type is kept as, where nothing is asked for.
@@ -513,6 +513,11 @@ def _all_finite(values: Array, exponent: int) -> bool:
         if masked.max() == mask:
             return False
     return True
+
+
+def stored_bytes(value: mx.array, kind: str, place: LazyTensor) -> memoryview:
+    """The bytes of `value` in the stored type of `place`; refused if one overflows."""
+    return bytes_of(_stored(value, kind, place))
 
 
 def _stored(value: mx.array, kind: str, origin: LazyTensor | None) -> Array:

@@ -27,6 +27,7 @@ Examples:
   {PROGRAM} convert apple/FastVLM-7B FastVLM-7B-4bit --bits 4 --verify
   {PROGRAM} convert llava-fastvithd_0.5b_stage3.zip FastVLM-0.5B-mlx --dtype bfloat16
   {PROGRAM} convert FastVLM-1.5B out --recipe mixed_4_6 --keep lm_head,embed_tokens
+  {PROGRAM} convert apple/FastVLM-1.5B small --bits 3 --dwq ./my-pictures
   {PROGRAM} convert ./my-lora-run tuned --base apple/FastVLM-1.5B
   {PROGRAM} convert apple/FastVLM-7B-int4 joined --encoder apple/FastVLM-0.5B
   {PROGRAM} convert FastVLM-7B-4bit FastVLM-7B-whole --dequantize
@@ -76,6 +77,14 @@ def command(
     projector_bits: Annotated[
         int | None, typer.Option("--projector-bits", help="Quantise the projector too.")
     ] = None,
+    dwq: Annotated[
+        Path | None,
+        typer.Option(
+            "--dwq", metavar="FOLDER", help="Train the scales on the pictures in FOLDER (DWQ)."
+        ),
+    ] = None,
+    dwq_passes: Annotated[int, typer.Option("--dwq-passes", help="How often to go over them.")] = 4,
+    dwq_rate: Annotated[float, typer.Option("--dwq-rate", help="The learning rate.")] = 1e-5,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Make a quantised model whole again.")
     ] = False,
@@ -158,6 +167,9 @@ def command(
         dequantize=dequantize,
         dtype=cast(Any, dtype),
         encoder_dtype=cast(Any, encoder_dtype),
+        dwq=dwq,
+        dwq_passes=dwq_passes,
+        dwq_rate=dwq_rate,
         base=base,
         encoder=encoder,
         shard_size=parse_size(shard_size),
