@@ -19,7 +19,7 @@ from fastvlm_mlx import hub
 from fastvlm_mlx.config import FASTVITHD, ModelConfig, read_config, read_json
 from fastvlm_mlx.errors import CheckpointError, ConfigError, HubError, UsageError
 from fastvlm_mlx.weights.files import LazyTensor, TensorFiles, open_tensors
-from fastvlm_mlx.weights.files import _inside as inside_folder
+from fastvlm_mlx.weights.files import inside as inside_folder
 from fastvlm_mlx.weights.layouts import (
     LANGUAGE,
     LAYOUTS,

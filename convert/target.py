@@ -94,8 +94,10 @@ class Target:
         try:
             self._sweep(own=True)
         finally:
-            self._sweep(own=True)
-            self._release()
+            try:
+                self._sweep(own=True)
+            finally:
+                self._release()
 
     def workspace(self) -> Path:
         """A new folder beside the target, removed at the end; also by the next run after a kill."""

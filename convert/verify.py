@@ -207,7 +207,7 @@ class DifferentError(FastVLMError):
             what += f", {_decibels(far[0].limit_db)} are needed"
         else:
             what = "the greedy tokens differ"
-        super().__init__(f"the converted model is not its source ({what}); nothing was kept")
+        super().__init__(f"the converted model is not its source ({what}); it was not put in place")
         self.verification = verification
 
 

@@ -21,7 +21,7 @@ from mlx_lm.utils import dequantize_model
 
 from . import device, hub
 from .config import ModelConfig, picture_config, read_config
-from .errors import CheckpointError, ConfigError, UsageError
+from .errors import CheckpointError, UsageError
 from .models.fastvlm import FastVLM
 from .processing.processor import Processor, picture_processor
 from .processing.prompt import IMAGE_MARK, chat_style
@@ -279,6 +279,3 @@ def cast(model: FastVLM, target: mx.Dtype) -> None:
     to(target, model.language_model)
     to(target, model.mm_projector)
     to(mx.float32 if target == mx.float16 else target, model.vision_tower)
-
-
-__all__ = ["ConfigError", "Dtype", "LoadedFrom", "load", "load_folder"]

@@ -14,7 +14,6 @@ import typer
 
 from fastvlm_mlx.cli.app import PROGRAM
 from fastvlm_mlx.cli.common import JsonOption, print_json
-from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.text import human_bytes, human_count, human_seconds, table
 
 if TYPE_CHECKING:
@@ -35,10 +34,6 @@ Examples:
 
 
 _STAGES = {"unpack": "unpacking", "write": "writing"}
-
-
-class VerificationFailed(FastVLMError):
-    """The converted model differs from the source by more than what it is stored in explains."""
 
 
 def command(
@@ -217,7 +212,7 @@ def _comparison(
     pictures: list[Path], reference: bool | None, quiet: bool
 ) -> Callable[[Original, Path], Any]:
     def compare(original: Original, folder: Path) -> Any:
-        from fastvlm_mlx.convert.verify import verification_text, verify
+        from fastvlm_mlx.convert.verify import DifferentError, verification_text, verify
 
         result = verify(
             original,
@@ -229,9 +224,7 @@ def _comparison(
         if not quiet:
             typer.echo(verification_text(result) + "\n")
         if not result.passed:
-            raise VerificationFailed(
-                "the result differs from the source beyond tolerance, so it was not put in place"
-            )
+            raise DifferentError(result)
         return result
 
     return compare

@@ -137,7 +137,7 @@ def open_tensors(path: str | Path) -> TensorFiles:
         if names:
             _require_all_shards(path, names)
             for name in names:
-                tensors._add(_inside(path, name))
+                tensors._add(inside(path, name))
             return tensors
     raise CheckpointError(
         f"{where(path)}: holds no weights (no .safetensors, .bin, .pt or .pth file of a model)"
@@ -183,7 +183,7 @@ def _open_index(tensors: TensorFiles, folder: Path, index: Path) -> None:
     """Open every shard that `index` lists, and hold it to what it says."""
     listed = _read_index(folder, index)
     shards = sorted(set(listed.values()))
-    paths = {shard: _inside(folder, shard) for shard in shards}
+    paths = {shard: inside(folder, shard) for shard in shards}
     missing = [shard for shard in shards if not paths[shard].exists()]
     if missing:
         raise CheckpointError(
@@ -201,7 +201,7 @@ def _open_index(tensors: TensorFiles, folder: Path, index: Path) -> None:
 
 def _read_index(folder: Path, index: Path) -> dict[str, str]:
     """Tensor -> shard, out of {"metadata": ..., "weight_map": {tensor: shard}}."""
-    source = SourceFile.look_at(_inside(folder, index.name))
+    source = SourceFile.look_at(inside(folder, index.name))
     if source.size > LARGEST_JSON:
         raise CheckpointError(f"{where(index)}: is {source.size} bytes long, no index")
     with source.open() as file:
@@ -219,7 +219,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, str]:
     return listed
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The path of the file `name` of a checkpoint folder, if it stays there.
 
     A link may lead anywhere inside the folder, and out of it in one case: the hub's cache keeps
